@@ -1,0 +1,1 @@
+"""Policies: pure functions from a snapshot of the host to a plan of quotas."""
