@@ -1,0 +1,1 @@
+"""The commands of `balloon`, one module each, imported when they are used."""

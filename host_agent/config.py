@@ -1,0 +1,234 @@
+"""The agent's configuration: a TOML file, parsed once into a frozen value.
+
+    [host]
+    pool = "1200MiB"            # default: 75 % of the memory that is available at the start
+    reserve = "60MiB"           # default: 5 % of the pool
+    policy = "shares"
+
+    [[vm]]
+    name = "web1"
+    memory = "160MiB"           # the assigned size
+    reservation = "40MiB"       # default: 25 % of the memory
+    command = ["redis-server"]  # default: the built-in workload, idle
+
+`parse_config` is pure; `load_config` reads the file and the memory that is available. Unknown keys
+are refused by name. All refusals are a ConfigError of one line: source, place, key, reason.
+"""
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from host_agent.errors import ConfigError
+from host_agent.facade.port import MIN_ASSIGNED_BYTES, VmSpec, quarter_of
+from host_agent.sizes import SizeBytes, format_size_exactly
+from host_agent.validation import first_fault, reason_of
+from protocol.units import KIB, MIB, PAGE_BYTES
+
+DEFAULT_RUN_DIR: Final = Path("/run/memballoon")
+DEFAULT_STATE_DIR: Final = Path("/var/lib/memballoon")
+
+POOL_SHARE_OF_AVAILABLE: Final = 0.75
+"""The rest stays with the machine: its own page cache, and the drivers' overhead, which is
+counted beside the pool."""
+
+RESERVE_SHARE_OF_POOL: Final = 0.05
+
+
+def _absolute(path: Path) -> Path:
+    if not path.is_absolute():
+        raise ValueError(f"{str(path)!r} is not an absolute path")
+    return path
+
+
+def _inside(cgroup: str) -> str:
+    parts = PurePosixPath(cgroup).parts
+    if not parts or cgroup.startswith("/") or ".." in parts or "\0" in cgroup:
+        raise ValueError(f"{cgroup!r} is not a path below the cgroup hierarchy's root")
+    return str(PurePosixPath(cgroup))
+
+
+AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
+Seconds = Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)]
+
+
+class _Table(BaseModel):
+    # In the file a key has its alias alone; in Python an attribute has its unit.
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_by_name=True, validate_by_alias=True
+    )
+
+
+class VmTable(VmSpec, _Table):
+    """A `[[vm]]` table: the same value as a launch request, under the file's names."""
+
+    assigned_bytes: SizeBytes = Field(validation_alias="memory", ge=MIN_ASSIGNED_BYTES)
+    reservation_bytes: SizeBytes = Field(
+        validation_alias="reservation",
+        default_factory=lambda spec: quarter_of(spec["assigned_bytes"]),
+        ge=0,
+    )
+    startup_bytes: SizeBytes = Field(
+        validation_alias="startup", default_factory=lambda spec: spec["assigned_bytes"], ge=0
+    )
+
+
+class HostConfig(_Table):
+    """The `[host]` table.
+
+    `on_exit` says what becomes of the VMs when the agent ends in order: `stop` ends them, `keep`
+    leaves them running with the quotas that they have. A guest that has run dry is answered by
+    its own kernel's OOM killer when the agent could not help it for `dry_patience_s`.
+    """
+
+    pool_bytes: SizeBytes = Field(validation_alias="pool", ge=MIN_ASSIGNED_BYTES)
+    reserve_bytes: SizeBytes = Field(
+        validation_alias="reserve",
+        default_factory=lambda host: (
+            int(host["pool_bytes"] * RESERVE_SHARE_OF_POOL) // PAGE_BYTES * PAGE_BYTES
+        ),
+        ge=0,
+    )
+    policy: str = Field(default="shares", min_length=1, max_length=64)
+    run_dir: AbsolutePath = DEFAULT_RUN_DIR
+    state_dir: AbsolutePath = DEFAULT_STATE_DIR
+    cgroup_root: Annotated[str, AfterValidator(_inside)] = "memballoon"
+    on_exit: Literal["stop", "keep"] = "stop"
+    dry_patience_s: Seconds = 10.0
+    interval_s: Seconds = 0.25
+
+    @property
+    def control_socket(self) -> Path:
+        """Where the control API listens."""
+        return control_socket_in(self.run_dir)
+
+    @model_validator(mode="after")
+    def _reserve_fits(self) -> Self:
+        if self.reserve_bytes >= self.pool_bytes:
+            raise ValueError(
+                f"the reserve of {format_size_exactly(self.reserve_bytes)} leaves nothing of the "
+                f"pool of {format_size_exactly(self.pool_bytes)}"
+            )
+        return self
+
+
+class Config(_Table):
+    """The whole file: the host and the VMs to launch at the start."""
+
+    host: HostConfig
+    vms: tuple[VmTable, ...] = Field(default=(), validation_alias="vm")
+
+    @model_validator(mode="after")
+    def _promises_fit(self) -> Self:
+        seen: set[str] = set()
+        for vm in self.vms:
+            if vm.name in seen:
+                raise ValueError(f"vm {vm.name!r} is there twice")
+            seen.add(vm.name)
+        promised_bytes = sum(vm.reservation_bytes for vm in self.vms)
+        if promised_bytes + self.host.reserve_bytes > self.host.pool_bytes:
+            raise ValueError(
+                f"the reservations ({format_size_exactly(promised_bytes)}) and the host reserve "
+                f"({format_size_exactly(self.host.reserve_bytes)}) exceed the pool of "
+                f"{format_size_exactly(self.host.pool_bytes)}"
+            )
+        return self
+
+
+def control_socket_in(run_dir: Path) -> Path:
+    """The control API's socket in a run directory."""
+    return run_dir / "control.sock"
+
+
+def load_config(path: Path | None) -> Config:
+    """The configuration in the file at `path`; None stands for an empty file.
+
+    Raises:
+        ConfigError: the file can't be read or used.
+    """
+    default_pool_bytes = default_pool(Path("/proc/meminfo").read_text(encoding="ascii"))
+    if path is None:
+        return parse_config("", "defaults", default_pool_bytes=default_pool_bytes)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a text file in UTF-8") from error
+    return parse_config(text, str(path), default_pool_bytes=default_pool_bytes)
+
+
+def default_pool(meminfo: str) -> int | None:
+    """75 % of MemAvailable in the text of /proc/meminfo, in whole MiB; None if it isn't said."""
+    for line in meminfo.splitlines():
+        key, _, rest = line.partition(":")
+        if key == "MemAvailable":
+            available_bytes = int(rest.split()[0]) * KIB
+            return int(available_bytes * POOL_SHARE_OF_AVAILABLE) // MIB * MIB
+    return None
+
+
+def parse_config(text: str, source: str, *, default_pool_bytes: int | None = None) -> Config:
+    """The configuration that `text` says; `source` is named in errors. No I/O.
+
+    `default_pool_bytes` is the pool where the text names none; without it a pool is required.
+
+    Raises:
+        ConfigError: one line with the source, the place and the reason.
+    """
+    try:
+        tables = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{source}: not TOML: {error}") from error
+    host = tables.setdefault("host", {})
+    if isinstance(host, dict) and default_pool_bytes is not None:
+        host.setdefault("pool", default_pool_bytes)
+    try:
+        return Config.model_validate(tables, by_alias=True, by_name=False)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {_first_line(error, tables)}") from error
+
+
+def _first_line(error: ValidationError, tables: Mapping[str, Any]) -> str:
+    fault = first_fault(error.errors())
+    *places, key = fault["loc"] or ("",)
+    if not key or isinstance(key, int) or fault["loc"] == ("host",):
+        places, key = list(fault["loc"]), ""  # a rule over a whole table
+    reason = reason_of(fault, known_keys=_known_keys(places))
+    if not key or fault["type"] in ("extra_forbidden", "missing"):
+        return f"{_place(places, tables)}{reason}"
+    return f"{_place(places, tables)}{key}: {reason}"
+
+
+def _place(location: list[int | str], tables: Mapping[str, Any]) -> str:
+    match location:
+        case []:
+            return ""
+        case ["host"]:
+            return "[host]: "
+        case ["vm", int(index), *rest]:
+            try:
+                name = tables["vm"][index]["name"]
+            except (LookupError, TypeError):
+                name = None
+            called = repr(name) if isinstance(name, str) else f"number {index + 1}"
+            return f"vm {called}: " + (f"{'.'.join(map(str, rest))}: " if rest else "")
+        case _:
+            return f"{'.'.join(map(str, location))}: "
+
+
+def _known_keys(places: list[int | str]) -> list[str]:
+    table: type[BaseModel] = Config
+    if places:
+        table = HostConfig if places[0] == "host" else VmTable
+    return [str(field.validation_alias or name) for name, field in table.model_fields.items()]
