@@ -57,6 +57,8 @@ def reason_of(fault: Fault, *, known_keys: Iterable[str] = ()) -> str:
         case "value_error":
             # pydantic puts "Value error, " before what was said.
             reason = str(bounds.get("error", fault["msg"]))
+        case "json_invalid":
+            reason = f"not JSON: {bounds.get('error', fault['msg'])}"
         case "string_pattern_mismatch":
             reason = f"{fault['input']!r} is not a name: {_NAME_RULE}"
         case "greater_than_equal" if bounds["ge"] >= MIB:
@@ -72,7 +74,7 @@ def one_line(faults: Sequence[Fault], *, names: Mapping[str, str] | None = None)
     fault = first_fault(faults)
     location = [str(part) for part in fault["loc"] if part != "body"]
     reason = reason_of(fault)
-    if not location or fault["type"] in ("extra_forbidden", "missing"):
+    if not location or fault["type"] in ("extra_forbidden", "missing", "json_invalid"):
         return reason
     if names is not None:
         location = [names.get(part, part) for part in location]

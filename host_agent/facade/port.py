@@ -22,6 +22,8 @@ MAX_SHARES: Final = 1_000_000
 MIN_ASSIGNED_BYTES: Final = 8 * MIB
 """Less than that holds no process worth the name; it is a size with its unit forgotten."""
 
+VM_NAME_PATTERN: Final = r"^[a-z0-9][a-z0-9-]{0,31}$"
+
 MAX_ARGUMENTS: Final = 1024
 MAX_ARGUMENT_CHARS: Final = 131_072
 """The kernel's own bound on one argument (MAX_ARG_STRLEN)."""
@@ -37,7 +39,7 @@ def _argument(text: str) -> str:
 VmName = Annotated[
     str,
     Field(
-        pattern=r"^[a-z0-9][a-z0-9-]{0,31}$",
+        pattern=VM_NAME_PATTERN,
         description="Lower-case letters, digits and dashes, 32 at most; names the VM's cgroup.",
     ),
 ]

@@ -1,0 +1,132 @@
+"""The control API: routes, and which HTTP status stands for which error.
+
+    GET    /v1/host                the pool
+    GET    /v1/vms                 all mock VMs
+    POST   /v1/vms                 launch one (VmSpec), 201
+    GET    /v1/vms/{name}          one
+    PATCH  /v1/vms/{name}          change it (VmChange)
+    DELETE /v1/vms/{name}          stop it, 204
+    GET    /v1/vms/{name}/vitals   its driver's last statistics, null before the first
+    GET    /openapi.json           this, for machines
+
+An error is answered with a problem document: {"kind", "error", "what_to_do"?}, one line each.
+No route decides anything: the agent behind AgentPort does.
+"""
+
+from collections.abc import Awaitable, Callable
+from http import HTTPStatus
+from importlib.metadata import version
+from typing import Any, Final
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from host_agent.errors import (
+    AgentError,
+    BadRequest,
+    MissingRight,
+    NoSuchVm,
+    NotEnoughMemory,
+    UserError,
+    VmExists,
+)
+from host_agent.facade.port import AgentPort, HostView, VitalsView, VmChange, VmSpec, VmView
+from host_agent.validation import one_line
+
+STATUSES: Final[tuple[tuple[type[AgentError], HTTPStatus], ...]] = (
+    (NoSuchVm, HTTPStatus.NOT_FOUND),
+    (VmExists, HTTPStatus.CONFLICT),
+    (BadRequest, HTTPStatus.UNPROCESSABLE_ENTITY),
+    (NotEnoughMemory, HTTPStatus.INSUFFICIENT_STORAGE),
+    (MissingRight, HTTPStatus.FORBIDDEN),
+    (UserError, HTTPStatus.BAD_REQUEST),
+    (AgentError, HTTPStatus.INTERNAL_SERVER_ERROR),
+)
+"""The first type that fits decides."""
+
+
+class Problem(BaseModel):
+    """The body of every answer that is not a success."""
+
+    kind: str
+    error: str
+    what_to_do: str | None = None
+
+
+def build_app(agent: AgentPort) -> FastAPI:
+    """The ASGI application over `agent`. It holds no state and starts nothing."""
+    app = FastAPI(
+        title="memballoon control API",
+        version=version("memballoon"),
+        # The interactive pages would load scripts from the net.
+        docs_url=None,
+        redoc_url=None,
+        responses={"4XX": {"model": Problem}, "5XX": {"model": Problem}},
+    )
+    _add_routes(app, agent)
+    _add_problems(app)
+    return app
+
+
+def _add_routes(app: FastAPI, agent: AgentPort) -> None:
+    # Every route is async, also those that only read: a plain function would be run in a thread,
+    # beside the loop that owns the agent's state.
+    @app.get("/v1/host")
+    async def host() -> HostView:
+        return agent.host()
+
+    @app.get("/v1/vms")
+    async def vms() -> list[VmView]:
+        return agent.vms()
+
+    @app.post("/v1/vms", status_code=HTTPStatus.CREATED)
+    async def launch(spec: VmSpec) -> VmView:
+        return await agent.launch(spec)
+
+    @app.get("/v1/vms/{name}")
+    async def vm(name: str) -> VmView:
+        return agent.vm(name)
+
+    @app.patch("/v1/vms/{name}")
+    async def change(name: str, change: VmChange) -> VmView:
+        return await agent.change(name, change)
+
+    @app.delete("/v1/vms/{name}", status_code=HTTPStatus.NO_CONTENT)
+    async def stop(name: str) -> None:
+        await agent.stop(name)
+
+    @app.get("/v1/vms/{name}/vitals")
+    async def vitals(name: str) -> VitalsView | None:
+        return agent.vitals(name)
+
+
+def _add_problems(app: FastAPI) -> None:
+    handler: Callable[[type[Exception]], Callable[[_Handler], _Handler]] = app.exception_handler
+
+    @handler(AgentError)
+    async def refused(_request: Request, error: Any) -> JSONResponse:
+        status = next(status for kind, status in STATUSES if isinstance(error, kind))
+        return JSONResponse(error.to_problem(), status)
+
+    @handler(RequestValidationError)
+    async def malformed(_request: Request, error: Any) -> JSONResponse:
+        problem = BadRequest(one_line(error.errors())).to_problem()
+        return JSONResponse(problem, HTTPStatus.UNPROCESSABLE_ENTITY)
+
+    @handler(HTTPException)
+    async def unrouted(request: Request, error: Any) -> JSONResponse:
+        said = f"{request.method} {request.url.path}: {error.detail}"
+        problem = UserError(said, what_to_do="see /openapi.json").to_problem()
+        return JSONResponse(problem, error.status_code, headers=error.headers)
+
+    @handler(Exception)
+    async def defect(_request: Request, error: Any) -> JSONResponse:
+        # The server logs the traceback; the one who asked gets its last line.
+        problem = AgentError(f"internal error: {type(error).__name__}: {error}").to_problem()
+        return JSONResponse(problem, HTTPStatus.INTERNAL_SERVER_ERROR)
+
+
+_Handler = Callable[[Request, Any], Awaitable[JSONResponse]]
