@@ -37,6 +37,27 @@ from protocol.vocabulary import (
     Urgency,
 )
 
+__all__ = [
+    "MESSAGES",
+    "Claim",
+    "Decline",
+    "Dropped",
+    "Goodbye",
+    "Hello",
+    "Message",
+    "Offer",
+    "Refusal",
+    "Rejection",
+    "Report",
+    "Reserve",
+    "Reserved",
+    "Reset",
+    "Return",
+    "Target",
+    "Vitals",
+    "Welcome",
+]
+
 Version = Annotated[int, Whole(1, MAX_VERSION)]
 Id = Annotated[int, Whole(0, MAX_ID)]
 Pages = Annotated[int, Whole(0, MAX_PAGES)]

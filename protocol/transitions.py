@@ -37,7 +37,8 @@ Crossing, over a reset
 ----------------------
 Either end may say Reset in a running session, and both return to START. The sender then does not
 listen (`HEARING` is DEAF) to whatever the peer said before it knew: the host until a Hello, the
-guest until a Welcome, both until a Goodbye. No numbers are needed to tell an old greeting from a new one:
+guest until a Welcome, both until a Goodbye. No numbers are needed to tell an old greeting from a
+new one:
 
 - Reset is legal in RUNNING alone. So the guest has heard the Welcome of every earlier Hello when
   it says Reset or hears one, and no old Welcome can be on its way: the next one answers its next
