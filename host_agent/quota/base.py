@@ -1,0 +1,222 @@
+"""What the agent may ask of the kernel for one mock VM, whichever controller is underneath.
+
+    <root>/<vm>            limit = quota + overhead
+      workload             limit W <= quota
+      driver               no limit of its own; its use is the VM's overhead
+
+This module owns the contract; `cgroup1`, `cgroup2` and `fake` keep it, and one suite of tests
+holds all three to it. It must not know of ledgers, policies or channels.
+
+Which calls block: `raise_quota`, `raise_workload`, `read`, `dry_state` and `let_kernel_decide`
+take microseconds and belong on the event loop: a guest that runs dry is answered by them. All the
+others may wait for reclaim, for writeback or for dying processes: call them in a thread.
+
+Two calls for one VM may run at once in this single way: a raise (from the event loop) while
+`make_room` runs in a thread. Then the raise wins: `make_room` gives up with NoRoom and puts the
+limit where the raise had it.
+"""
+
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Final
+
+from protocol.units import PAGE_BYTES
+
+UNLIMITED_BYTES: Final = (1 << 63) - PAGE_BYTES
+"""How "no limit" reads: what the kernel's version 1 files show; "max" is read as the same."""
+
+MAKE_ROOM_TIMEOUT_S: Final = 10.0
+"""300 MiB of dirty cache took 0.2 s to write back; a slow disk may need fifty times as long."""
+
+SETTLE_TIMEOUT_S: Final = 0.25
+"""For counters that lag by 64 pages a CPU: they come right within milliseconds."""
+
+DEATH_TIMEOUT_S: Final = 10.0
+"""A killed process that holds gigabytes needs a while to give them back."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+
+
+class Part(StrEnum):
+    """The two halves of a VM; the value is the directory's name."""
+
+    WORKLOAD = "workload"
+    DRIVER = "driver"
+
+
+@dataclass(frozen=True, slots=True)
+class QuotaReading:
+    """The kernel's own figures for one VM, in bytes; read one after the other, no snapshot."""
+
+    vm_limit_bytes: int
+    workload_limit_bytes: int
+    workload_usage_bytes: int
+    driver_usage_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class DryState:
+    """What stands behind a dry event.
+
+    `under_oom`: the workload needs memory now and can't get it (it is hung or throttled).
+    `kills_total`: processes of this VM that the kernel's OOM killer has killed so far.
+    """
+
+    under_oom: bool
+    kills_total: int
+
+
+class VmQuota(ABC):
+    """The kernel's limits of one mock VM, kept open.
+
+    Every method raises VmGone once the directories are gone, except `kill_all`, `remove` and
+    `close`, which may be called again at any time.
+    """
+
+    def __init__(self, directory: Path, overhead_bytes: int) -> None:
+        check_limit(overhead_bytes)
+        self.directory = directory
+        self.overhead_bytes = overhead_bytes
+
+    @property
+    def name(self) -> str:
+        """The VM's name: its directory below the agent's root."""
+        return self.directory.name
+
+    def procs_path(self, part: Part) -> Path:
+        """The file into which a starter writes its pid to become part of the VM."""
+        return self.directory / part / "cgroup.procs"
+
+    @abstractmethod
+    def read(self) -> QuotaReading:
+        """Limits and usage as the kernel has them; about 5 us."""
+
+    @abstractmethod
+    def raise_quota(self, quota_bytes: int) -> None:
+        """Raise the VM's limit to quota + overhead, then the workload's to the quota.
+
+        Never blocks. ValueError if it would lower the VM's limit.
+        """
+
+    @abstractmethod
+    def raise_workload(self, limit_bytes: int) -> None:
+        """Give back room that was made and not used: W up to `limit_bytes`, at most the quota.
+
+        Never blocks. ValueError if it would lower W or pass the quota.
+        """
+
+    @abstractmethod
+    def make_room(self, limit_bytes: int, timeout_s: float = MAKE_ROOM_TIMEOUT_S) -> None:
+        """Lower W to `limit_bytes`; the guest's kernel gives up what it can give up cheaply.
+
+        Never kills and never swaps. May block: the deadline is looked at between steps of
+        reclaim. Does nothing where W is that low already. Raises NoRoom with the old W (or the
+        one that a raise set meanwhile) in force.
+        """
+
+    @abstractmethod
+    def lower_quota(self, quota_bytes: int, timeout_s: float = SETTLE_TIMEOUT_S) -> None:
+        """After a claim: lower the VM's limit to quota + overhead.
+
+        Waits up to `timeout_s` for the kernel's lagging counters. Raises LimitRefused with the
+        old limit in force, also where W is above `quota_bytes` (make room first).
+        """
+
+    @abstractmethod
+    def arm_dry_events(self) -> int:
+        """Hold a dry workload instead of letting the kernel kill, and tell on a descriptor.
+
+        Returns a file descriptor, owned by this object, that becomes readable when the workload
+        may be dry; `dry_state()` makes it unreadable again. Calling it again arms again and
+        gives the same descriptor. Whoever arms must answer: see watchdog.py.
+        """
+
+    @abstractmethod
+    def dry_state(self) -> DryState:
+        """Clear the event, then look: nothing that happens in between is lost."""
+
+    @abstractmethod
+    def let_kernel_decide(self) -> None:
+        """There is nothing to give: hand the decision to the guest's kernel, which may kill."""
+
+    @abstractmethod
+    def rearm(self) -> None:
+        """Hold a dry workload again, after `let_kernel_decide` or the watchdog's release."""
+
+    @property
+    @abstractmethod
+    def oom_kills_total(self) -> int:
+        """Processes of this VM killed by the OOM killer so far, at all three levels."""
+
+    @abstractmethod
+    def processes(self, part: Part) -> tuple[int, ...]:
+        """Pids in this part and below it, ascending."""
+
+    @abstractmethod
+    def driver_inode(self) -> int:
+        """Inode of the driver's directory: what /proc/kpagecgroup shows for its pages."""
+
+    @abstractmethod
+    def kill_all(self, timeout_s: float = DEATH_TIMEOUT_S) -> None:
+        """SIGKILL to every process of the VM until there is none. Raises StillBusy."""
+
+    @abstractmethod
+    def remove(self, timeout_s: float = DEATH_TIMEOUT_S) -> None:
+        """Close everything and remove the directories, which must have no process left.
+
+        Raises StillBusy. Doing it twice is no error.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the descriptors and leave the VM as it is (an agent that stops)."""
+
+
+class QuotaBackend(ABC):
+    """All VMs below one root directory."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Make the root and whatever it needs. Raises QuotaUnavailable with what to do."""
+
+    @abstractmethod
+    def create(self, name: str, quota_bytes: int, overhead_bytes: int) -> VmQuota:
+        """Make a VM's directories, with both limits in force before any process is there.
+
+        All or nothing: what was made is removed again on failure. Raises VmExists, QuotaError.
+        """
+
+    @abstractmethod
+    def open_existing(self, name: str, overhead_bytes: int) -> VmQuota:
+        """Take over the directories of an agent that ended. Raises VmGone."""
+
+    @abstractmethod
+    def names(self) -> tuple[str, ...]:
+        """VMs that have directories below the root, sorted."""
+
+    @abstractmethod
+    def remove_root(self) -> None:
+        """Remove the root if it has no VM left. Raises StillBusy; twice is no error."""
+
+
+def check_limit(limit_bytes: int) -> int:
+    """The limit itself, or ValueError: the kernel counts pages and would round in silence."""
+    if limit_bytes < 0 or limit_bytes % PAGE_BYTES:
+        raise ValueError(f"a limit is a whole number of {PAGE_BYTES}-byte pages: {limit_bytes}")
+    return limit_bytes
+
+
+def check_name(name: str) -> str:
+    """The name itself, or ValueError: it becomes a directory, and must stay below the root."""
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"a VM's name has 1 to 63 letters, digits, '_', '.' or '-', "
+            f"beginning with a letter or digit: {name!r}"
+        )
+    return name

@@ -1,0 +1,295 @@
+"""Quotas on the memory controller of cgroup version 1.
+
+How room is made without killing and without swapping is in cgroup1_room.py.
+
+Swap. `memory.memsw` stays as whoever made the cgroup left it, unlimited by default, with one
+exception: where it is finite and a raise would pass it, it is raised to the same value first,
+since the kernel refuses a limit above it. How much a guest may swap is no matter of quotas.
+
+Running dry. `memory.oom_control` = 1 hangs a task that touches memory at the limit until the limit
+is raised or the flag is 0 again (a system call that needs memory gets ENOMEM instead). The flag is
+inherited by cgroups made below later: these must have no limit below W, since nobody listens there.
+
+Kernel's Documentation/admin-guide/cgroup-v1/memory.rst, sections 6, 9 and 10.
+"""
+
+import errno
+import os
+import time
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Final
+
+from host_agent.quota.base import (
+    DEATH_TIMEOUT_S,
+    MAKE_ROOM_TIMEOUT_S,
+    SETTLE_TIMEOUT_S,
+    DryState,
+    Part,
+    QuotaBackend,
+    QuotaReading,
+    VmQuota,
+    check_limit,
+    check_name,
+)
+from host_agent.quota.cgroup1_room import LIMIT, USAGE, Cgroup1Room
+from host_agent.quota.cgroup_tree import (
+    POLL_INTERVAL_S,
+    kill_below,
+    names_below,
+    pids_below,
+    remove_tree,
+    subtree,
+    wait_until,
+)
+from host_agent.quota.control_file import ControlFile, parse_counters
+from host_agent.quota.errors import (
+    LimitRefused,
+    QuotaError,
+    QuotaUnavailable,
+    StillBusy,
+    VmExists,
+    VmGone,
+)
+from host_agent.quota.raise_guard import RaiseGuard
+
+MEMSW_LIMIT: Final = "memory.memsw.limit_in_bytes"
+OOM_CONTROL: Final = "memory.oom_control"
+
+
+class Cgroup1Quota(VmQuota):
+    """One VM's directories below a version 1 memory hierarchy."""
+
+    def __init__(self, directory: Path, overhead_bytes: int) -> None:
+        super().__init__(directory, overhead_bytes)
+        workload, driver = directory / Part.WORKLOAD, directory / Part.DRIVER
+        self._guard = RaiseGuard()
+        self._event_fd: int | None = None
+        self._kills_seen: dict[int, int] = {}  # by inode: a nested cgroup may go, its kills stay
+        with ExitStack() as opened:
+
+            def control(path: Path, *, writable: bool = False) -> ControlFile:
+                file = ControlFile(path, writable=writable)
+                opened.callback(file.close)
+                return file
+
+            def optional(path: Path) -> ControlFile | None:
+                return control(path, writable=True) if path.exists() else None
+
+            self._vm_limit = control(directory / LIMIT, writable=True)
+            self._workload_limit = control(workload / LIMIT, writable=True)
+            self._workload_usage = control(workload / USAGE)
+            self._driver_usage = control(driver / USAGE)
+            self._oom_control = control(workload / OOM_CONTROL, writable=True)
+            # Absent where the kernel doesn't account for swap.
+            self._vm_memsw = optional(directory / MEMSW_LIMIT)
+            self._workload_memsw = optional(workload / MEMSW_LIMIT)
+            self._room = Cgroup1Room(workload, self._guard)
+            opened.callback(self._room.close)
+            self._files = opened.pop_all()
+
+    def read(self) -> QuotaReading:
+        """Four reads of 1 us."""
+        return QuotaReading(
+            vm_limit_bytes=self._vm_limit.read_bytes_count(),
+            workload_limit_bytes=self._workload_limit.read_bytes_count(),
+            workload_usage_bytes=self._workload_usage.read_bytes_count(),
+            driver_usage_bytes=self._driver_usage.read_bytes_count(),
+        )
+
+    def raise_quota(self, quota_bytes: int) -> None:
+        """The VM's limit first, then the workload's: two writes of 1 us."""
+        vm_limit_bytes = check_limit(quota_bytes) + self.overhead_bytes
+        with self._guard.raising(quota_bytes):
+            old_bytes = self._vm_limit.read_bytes_count()
+            if vm_limit_bytes < old_bytes:
+                raise ValueError(f"{vm_limit_bytes} would lower {self.name} from {old_bytes}")
+            _raise(self._vm_limit, self._vm_memsw, vm_limit_bytes)
+            _raise(self._workload_limit, self._workload_memsw, quota_bytes)
+
+    def raise_workload(self, limit_bytes: int) -> None:
+        """One write of 1 us."""
+        check_limit(limit_bytes)
+        with self._guard.raising(limit_bytes):
+            quota_bytes = self._vm_limit.read_bytes_count() - self.overhead_bytes
+            old_bytes = self._workload_limit.read_bytes_count()
+            if not old_bytes <= limit_bytes <= quota_bytes:
+                raise ValueError(
+                    f"{limit_bytes} is not between W ({old_bytes}) and quota ({quota_bytes}) "
+                    f"of {self.name}"
+                )
+            _raise(self._workload_limit, self._workload_memsw, limit_bytes)
+
+    def make_room(self, limit_bytes: int, timeout_s: float = MAKE_ROOM_TIMEOUT_S) -> None:
+        """EBUSY from the kernel is NoRoom."""
+        self._room.make(check_limit(limit_bytes), time.monotonic() + timeout_s)
+
+    def lower_quota(self, quota_bytes: int, timeout_s: float = SETTLE_TIMEOUT_S) -> None:
+        """EBUSY from the kernel is tried again until `timeout_s`, then LimitRefused."""
+        vm_limit_bytes = check_limit(quota_bytes) + self.overhead_bytes
+        workload_bytes = self._workload_limit.read_bytes_count()
+        if workload_bytes > quota_bytes:
+            raise LimitRefused(
+                f"the workload of {self.name} may use {workload_bytes} bytes, more than the new "
+                f"quota {quota_bytes}: make room first"
+            )
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            try:
+                return self._vm_limit.write(vm_limit_bytes)
+            except OSError as error:
+                if error.errno != errno.EBUSY or time.monotonic() >= deadline_s:
+                    raise LimitRefused(
+                        f"cannot lower {self.name} to {vm_limit_bytes} bytes ({error.strerror}): "
+                        f"is the driver using more than its overhead of {self.overhead_bytes}?"
+                    ) from error
+            time.sleep(POLL_INTERVAL_S)
+
+    def arm_dry_events(self) -> int:
+        """oom_control = 1 and an eventfd on it."""
+        if self._event_fd is None:
+            event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            self._files.callback(os.close, event_fd)
+            registration = f"{event_fd} {self._oom_control.fileno()}"
+            (self.directory / Part.WORKLOAD / "cgroup.event_control").write_text(registration)
+            self._event_fd = event_fd
+        self.rearm()
+        return self._event_fd
+
+    def dry_state(self) -> DryState:
+        """`under_oom` is the kernel's own flag: a task hangs at the limit now."""
+        if self._event_fd is not None:
+            with suppress(BlockingIOError):
+                os.eventfd_read(self._event_fd)
+        under_oom = parse_counters(self._oom_control.read())["under_oom"] > 0
+        return DryState(under_oom=under_oom, kills_total=self.oom_kills_total)
+
+    def let_kernel_decide(self) -> None:
+        """oom_control = 0: hung tasks go on, or one of them is killed."""
+        self._oom_control.write(0)
+        self._release_nested()
+
+    def rearm(self) -> None:
+        """oom_control = 1."""
+        self._oom_control.write(1)
+
+    def _release_nested(self) -> None:
+        """Cgroups made below while the flag was 1 have inherited it."""
+        for path in subtree(self.directory):
+            with suppress(FileNotFoundError, OSError):
+                (path / OOM_CONTROL).write_text("0")
+
+    @property
+    def oom_kills_total(self) -> int:
+        """Sum over all cgroups of the VM, those gone since the last look included."""
+        # Each cgroup counts its own alone: the sum over all of them, seen so far, is the VM's.
+        for path in subtree(self.directory):
+            with suppress(FileNotFoundError, OSError):
+                counters = parse_counters((path / OOM_CONTROL).read_text())
+                self._kills_seen[path.stat().st_ino] = counters.get("oom_kill", 0)
+        return sum(self._kills_seen.values())
+
+    def processes(self, part: Part) -> tuple[int, ...]:
+        """Read from cgroup.procs of the part and all below it."""
+        self._oom_control.fileno()  # VmGone once we let go
+        return pids_below(self.directory / part)
+
+    def driver_inode(self) -> int:
+        """st_ino of the driver's directory."""
+        try:
+            return (self.directory / Part.DRIVER).stat().st_ino
+        except FileNotFoundError as missing:
+            raise VmGone(f"{self.directory} is gone: was it removed by somebody else?") from missing
+
+    def kill_all(self, timeout_s: float = DEATH_TIMEOUT_S) -> None:
+        """Signal, release whoever hangs, look again."""
+
+        def none_left() -> bool:
+            if not kill_below(self.directory):
+                return True
+            # After the signal, not before: else the kernel would kill one of them for us and
+            # count it as an OOM kill. Kernels before 4.x need it to let a hung task die at all.
+            self._release_nested()
+            return False
+
+        if not wait_until(none_left, time.monotonic() + timeout_s):
+            pids = ", ".join(map(str, pids_below(self.directory)))
+            raise StillBusy(
+                f"processes of {self.name} do not die (pids: {pids}; 0 is one that this pid "
+                f"namespace cannot see): are they stuck in a device or a network file system?"
+            )
+
+    def remove(self, timeout_s: float = DEATH_TIMEOUT_S) -> None:
+        """rmdir, children first, until the kernel lets go."""
+        deadline_s = time.monotonic() + timeout_s
+        remove_tree(self.directory, deadline_s)
+        self.close()
+
+    def close(self) -> None:
+        """A make_room under way gives up at its next step; waits for that."""
+        self._guard.close(self._files.close)
+        self._event_fd = None
+
+
+class Cgroup1Backend(QuotaBackend):
+    """All VMs below one directory of a version 1 memory hierarchy."""
+
+    def prepare(self) -> None:
+        """Make the root directory; its parent must be in a hierarchy that adds up."""
+        try:
+            self.root.mkdir(exist_ok=True)
+            hierarchical = (self.root / "memory.use_hierarchy").read_text().strip()
+        except OSError as error:
+            raise QuotaUnavailable(
+                f"cannot make {self.root} ({error.strerror}): run as root on a mounted memory "
+                f"hierarchy that is writable"
+            ) from error
+        if hierarchical != "1":
+            raise QuotaUnavailable(
+                f"{self.root} does not add up its children: write 1 to memory.use_hierarchy above"
+            )
+
+    def create(self, name: str, quota_bytes: int, overhead_bytes: int) -> VmQuota:
+        """Directory, limit, directories, limit; undone on failure."""
+        directory = self.root / check_name(name)
+        vm_limit_bytes = check_limit(quota_bytes) + check_limit(overhead_bytes)
+        with ExitStack() as undo:
+            try:
+                directory.mkdir()
+                undo.callback(remove_tree, directory, time.monotonic() + SETTLE_TIMEOUT_S)
+                (directory / LIMIT).write_text(f"{vm_limit_bytes}")
+                for part in Part:
+                    (directory / part).mkdir()
+                (directory / Part.WORKLOAD / LIMIT).write_text(f"{quota_bytes}")
+                quota = Cgroup1Quota(directory, overhead_bytes)
+            except FileExistsError as error:
+                raise VmExists(
+                    f"{directory} exists: remove that VM first or pick another name"
+                ) from error
+            except OSError as error:
+                raise QuotaError(f"cannot make the cgroups of {name}: {error}") from error
+            undo.pop_all()
+        return quota
+
+    def open_existing(self, name: str, overhead_bytes: int) -> VmQuota:
+        """Open the files of a VM that is there."""
+        return Cgroup1Quota(self.root / check_name(name), overhead_bytes)
+
+    def names(self) -> tuple[str, ...]:
+        """Directories with both parts."""
+        return names_below(self.root)
+
+    def remove_root(self) -> None:
+        """rmdir, unless a VM is left."""
+        if names := self.names():
+            raise StillBusy(f"{self.root} still has VMs, remove them first: {', '.join(names)}")
+        remove_tree(self.root, time.monotonic() + SETTLE_TIMEOUT_S)
+
+
+def _raise(limit: ControlFile, memsw: ControlFile | None, limit_bytes: int) -> None:
+    try:
+        if memsw is not None and memsw.read_bytes_count() < limit_bytes:
+            memsw.write(limit_bytes)
+        limit.write(limit_bytes)
+    except OSError as error:
+        raise QuotaError(f"cannot raise {limit.path} to {limit_bytes}: {error}") from error

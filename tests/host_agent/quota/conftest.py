@@ -1,0 +1,44 @@
+"""Rigs: a root of its own for each test, taken down whatever happens."""
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from quota_rigs import CgroupRig, Rig, make_rig
+
+
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    """A directory on a disk: on tmpfs there would be no page cache to evict."""
+    with tempfile.TemporaryDirectory(prefix="mbtest-", dir="/var/tmp") as directory:
+        yield Path(directory)
+
+
+@pytest.fixture(
+    params=[
+        "fake",
+        pytest.param("cgroup1", marks=pytest.mark.effects),
+        pytest.param("cgroup2", marks=pytest.mark.effects),
+    ]
+)
+def rig(request: pytest.FixtureRequest, scratch: Path) -> Iterator[Rig]:
+    made = make_rig(request.param, scratch)
+    try:
+        yield made
+    finally:
+        made.down()
+
+
+@pytest.fixture
+def rig1(scratch: Path) -> Iterator[CgroupRig]:
+    made = make_rig("cgroup1", scratch)
+    assert isinstance(made, CgroupRig)
+    try:
+        yield made
+    finally:
+        made.down()
