@@ -1,0 +1,7 @@
+"""Launching mock VMs.
+
+base         what a backend gives: MachineSpec, Machine, MachineBackend, MachineError
+process      mock VMs as process trees in namespaces of their own
+init_script  the shell scripts that set one up and are its process 1
+identity     processes that are nobody's child: by pid and start time, through pidfds
+"""

@@ -1,0 +1,112 @@
+"""What runs mock VMs: the names that every backend shares.
+
+A backend starts the processes of a mock VM inside cgroups that exist already, hands out what the
+agent needs to watch and end it, and finds it again after the agent was restarted. It knows nothing
+of balloons, quotas or channels: to it the driver is a command line.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Protocol
+
+
+class MachineError(Exception):
+    """A mock VM could not be started, found or stopped; one line says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExitStatus:
+    """How a mock VM's command ended. Both are None when nobody was there to see it."""
+
+    code: int | None = None
+    """0 to 255; for a command that a signal ended, 128 + the signal's number, as in a shell."""
+    detail: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the command is known to have ended with 0."""
+        return self.code == 0
+
+    def __str__(self) -> str:
+        if self.code is None:
+            return self.detail or "exit status unknown"
+        return f"exit status {self.code}" + (f" ({self.detail})" if self.detail else "")
+
+
+@dataclass(frozen=True, slots=True)
+class MachineSpec:
+    """One mock VM to start. Paths are the host's; directories are made where they are missing."""
+
+    name: str
+    """Also its host name."""
+    command: tuple[str, ...]
+    """The workload; when it exits, the mock VM ends."""
+    socket_dir: Path
+    """Directory of the guest's private channel socket."""
+    run_dir: Path
+    """The agent's run directory. Inside the mock VM `socket_dir` stands in its place, so that the
+    guest sees `<run_dir>/channel.sock` and no other socket of the agent."""
+    disk_dir: Path
+    """The VM's own writable files: /var/tmp inside; `tmp` in it is its /tmp."""
+    log_path: Path
+    """What its processes print. Its other small files stand beside it, with the same stem."""
+    cgroup_dir: Path
+    """The VM's memory cgroup: /sys/fs/cgroup inside, read-only."""
+    workload_procs: Path
+    """cgroup.procs (or tasks) file that the workload joins before it runs."""
+    driver_procs: Path
+    """The same for the driver and the VM's init."""
+    driver_argv: tuple[str, ...]
+    env: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    """Added to the small environment that every mock VM has; nothing of the agent's leaks in."""
+
+
+class Machine(Protocol):
+    """A running mock VM."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        ...
+
+    @property
+    def init_pid(self) -> int:
+        """The host's pid of its process 1."""
+        ...
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What `MachineBackend.adopt` needs to find it again: JSON values only."""
+        ...
+
+    async def wait_exited(self) -> ExitStatus:
+        """Wait until nothing of the mock VM runs any more; may be called again, and by many."""
+        ...
+
+    async def stop(self, timeout_s: float) -> ExitStatus:
+        """Ask the workload to end (SIGTERM); after `timeout_s` kill everything.
+
+        Returns when nothing of it runs any more. Raises MachineError if the kernel does not get
+        rid of it. Stopping a mock VM that has ended is no error.
+        """
+        ...
+
+
+class MachineBackend(Protocol):
+    """A way of running mock VMs."""
+
+    async def launch(self, spec: MachineSpec) -> Machine:
+        """Start a mock VM; returns when its command runs.
+
+        Raises MachineError. When it fails or is cancelled, no process of it is left.
+        """
+        ...
+
+    async def adopt(self, state: Mapping[str, Any]) -> Machine | None:
+        """The mock VM that an earlier agent left running, by its persisted state.
+
+        None if it does not run any more. Raises MachineError if the state makes no sense.
+        """
+        ...
