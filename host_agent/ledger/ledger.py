@@ -15,14 +15,16 @@ not move; closing the room gives the unused rest back to the workload.
 
 The host reserve is lent when a guest runs dry. What is lent is in that guest's quota; what is left
 is still reserve, so that quotas + reserve left <= pool holds throughout. Every page that becomes
-free pays the debt first.
+free pays the debt first: what the guest that gave it owes, then what the others owe, by name. So
+nobody ever owes more than its quota, and the debt of a guest that leaves is covered by what it
+leaves behind.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from host_agent.ledger.snapshot import UNSEEN, GuestSnapshot, HostSnapshot, Observation
-from protocol.page_frames import PageFrames
+from protocol.page_frames import MAX_PFN, PageFrames
 
 
 class LedgerError(Exception):
@@ -160,13 +162,16 @@ class Ledger:
     def admit(self, name: str, assigned_pages: int, reservation_pages: int, shares: int) -> None:
         """Enter a new guest with quota 0: all of its frames count as claimed until granted.
 
-        Raises LedgerError when the name is taken, the reservation exceeds the assigned size, or the
+        Raises LedgerError when the name is taken, the assigned size is no number of frames that
+        pfns can name, shares are negative, the reservation exceeds the assigned size, or the
         reservations together would exceed what the host can guarantee (pool minus reserve).
         """
         if name in self._accounts:
             raise LedgerError(f"{name} is in the books already")
-        if assigned_pages < 1 or shares < 0:
-            raise LedgerError(f"{name}: a guest has at least one page and no negative shares")
+        if not 1 <= assigned_pages <= MAX_PFN + 1:
+            raise LedgerError(f"{name}: a guest can't have {assigned_pages} pages")
+        if shares < 0:
+            raise LedgerError(f"{name}: shares can't be negative")
         self._check_reservation(name, reservation_pages, assigned_pages)
         self._accounts[name] = _Account(
             name=name,
@@ -184,18 +189,16 @@ class Ledger:
 
         How many frames are claimed is known from the limit; which ones, only the guest's inventory
         can tell (`settle`). Quotas beyond pool minus reserve count as lent to the last adopted.
-        Raises LedgerError when even the whole pool can't hold them.
+        Raises LedgerError when even the whole pool can't hold them, and as `admit` does.
         """
         if not 0 <= quota_pages <= assigned_pages:
             raise LedgerError(f"{name}: a quota of {quota_pages} pages is outside its size")
-        if self.quota_pages + quota_pages > self.pool_pages:
-            raise LedgerError(f"{name}: its quota of {quota_pages} pages does not fit the pool")
         lent = max(0, quota_pages - self.free_pages)
         if lent > self.reserve_left_pages:
             raise LedgerError(f"{name}: its quota of {quota_pages} pages does not fit the pool")
         self.admit(name, assigned_pages, reservation_pages, shares)
         account = self._accounts[name]
-        account.claimed = PageFrames.span(quota_pages, assigned_pages - quota_pages)
+        account.claimed = PageFrames.span(0, assigned_pages - quota_pages)
         account.frames_known = False
         account.lent_pages = lent
 
@@ -213,7 +216,7 @@ class Ledger:
             own = inventory & PageFrames.span(0, account.assigned_pages)
             kept = own.lowest(wanted)
             rest = PageFrames.span(0, account.assigned_pages) - kept
-            account.claimed = kept | rest.highest(wanted - kept.page_count)
+            account.claimed = kept | rest.lowest(wanted - kept.page_count)
             account.frames_known = True
         return account.claimed
 
@@ -222,7 +225,8 @@ class Ledger:
         account = self._account(name)
         quota = account.quota_pages
         del self._accounts[name]
-        # Its debt went with it: the pages it owed are part of what has just become free.
+        # Its debt went with it: what it owed was part of its quota and is reserve again. The rest
+        # of the quota pays for the others.
         self._repay()
         return quota
 
@@ -248,9 +252,14 @@ class Ledger:
         account.room_pages += pages
 
     def close_room(self, name: str) -> int:
-        """The reservation ended; returns the pages of room to give back to the workload."""
+        """The reservation ended; returns the pages of room to give back to the workload.
+
+        Room for pending frames stays: they are still locked in the guest, and the workload's limit
+        must not rise over them. Call again when they have been claimed or dropped.
+        """
         account = self._account(name)
-        rest, account.room_pages = account.room_pages, 0
+        rest = account.room_pages - account.pending.page_count
+        account.room_pages -= rest
         return rest
 
     def report(self, name: str, frames: PageFrames) -> SortedReport:
@@ -269,7 +278,7 @@ class Ledger:
         )
 
     def drop_report(self, name: str, frames: PageFrames) -> None:
-        """Pending frames that were rejected: they are the guest's again."""
+        """Pending frames that were rejected: they are the guest's again. Others are ignored."""
         account = self._account(name)
         account.pending -= frames
 
@@ -278,17 +287,15 @@ class Ledger:
 
         Returns how many of them paid back the host reserve. The caller lowers the VM's limit
         BEFORE it calls this: a page is credited only when the kernel has let go of it.
-        Raises LedgerError when the frames were not pending, or no room was made for them.
+        Raises LedgerError when the frames were not pending (room was made for those that are).
         """
         account = self._account(name)
         if not account.pending.issuperset(frames):
             raise LedgerError(f"{name}: frames are claimed that were not reported")
-        if frames.page_count > account.room_pages:
-            raise LedgerError(f"{name}: {frames.page_count} frames are claimed without room")
         account.pending -= frames
         account.claimed |= frames
         account.room_pages -= frames.page_count
-        return self._repay()
+        return self._repay(name)
 
     # Deflating: grants and loans
 
@@ -315,21 +322,29 @@ class Ledger:
         return frames
 
     def take_back(self, name: str, frames: PageFrames) -> None:
-        """Undo a grant or loan whose kernel limit could not be raised."""
+        """Undo a grant or loan whose kernel limit could not be raised.
+
+        The guest was not told of it. If it has reported these frames all the same, it lied, and
+        that report is void: a lie must not be able to stop the undoing.
+        Raises LedgerError when the frames were not granted, or room was made of them since.
+        """
         account = self._account(name)
-        if account.claimed.overlaps(frames):
+        own = PageFrames.span(0, account.assigned_pages)
+        if not own.issuperset(frames) or account.claimed.overlaps(frames):
             raise LedgerError(f"{name}: frames are taken back that were not granted")
         if frames.page_count > account.quota_pages - account.room_pages:
             raise LedgerError(f"{name}: frames are taken back that the guest does not have")
+        account.pending -= frames
         account.claimed |= frames
-        self._repay()
+        self._repay(name)
 
     def check(self) -> None:
         """Raise LedgerError if an invariant is broken: for tests, and after each plan at run time.
 
         Each guest: claimed and pending frames lie inside its size and apart from each other; room
-        fits its quota; pending frames fit its room. The host: quotas + reserve left <= pool, the
-        debt is between 0 and the reserve, reservations can all be kept at once.
+        fits its quota; pending frames fit its room; it owes no more than its quota. The host:
+        quotas + reserve left <= pool, no more is lent than the reserve, nothing is free while
+        something is owed, and all reservations can be kept at once.
         """
         for account in self._accounts.values():
             own = PageFrames.span(0, account.assigned_pages)
@@ -339,14 +354,20 @@ class Ledger:
                 and not account.claimed.overlaps(account.pending)
                 and 0 <= account.room_pages <= account.quota_pages
                 and account.pending.page_count <= account.room_pages
-                and account.lent_pages >= 0
+                and 0 <= account.lent_pages <= account.quota_pages
+                and 0 <= account.reservation_pages <= account.assigned_pages
             )
             if not ok:
                 raise LedgerError(f"{account.name}: its entry is inconsistent: {account}")
-        if not 0 <= self.lent_pages <= self.reserve_pages:
+        if self.lent_pages > self.reserve_pages:
             raise LedgerError(f"{self.lent_pages} pages lent of {self.reserve_pages}")
         if self.free_pages < 0:
             raise LedgerError(f"quotas and reserve exceed the pool by {-self.free_pages} pages")
+        if self.lent_pages and self.free_pages:
+            raise LedgerError(f"{self.free_pages} pages are free, {self.lent_pages} are owed")
+        reserved = sum(account.reservation_pages for account in self._accounts.values())
+        if reserved > self.pool_pages - self.reserve_pages:
+            raise LedgerError(f"reservations of {reserved} pages exceed the pool")
 
     def _give(self, name: str, pages: int) -> PageFrames:
         account = self._account(name)
@@ -357,15 +378,15 @@ class Ledger:
         account.claimed -= frames
         return frames
 
-    def _repay(self) -> int:
+    def _repay(self, giver: str | None = None) -> int:
         """Put free pages back into the reserve while something is owed; returns how many.
 
-        The debt is struck off by name, so that the same events always give the same books.
+        The giver's own debt comes first: pages that leave its quota must not leave a larger debt
+        behind than the quota. Then by name, so that the same events always give the same books.
         """
         repaid = 0
-        # What is free counts without the debt: reserve_left grows by what is repaid.
         available = self.free_pages
-        for name in sorted(self._accounts):
+        for name in sorted(self._accounts, key=lambda name: (name != giver, name)):
             account = self._accounts[name]
             part = min(account.lent_pages, available - repaid)
             if part > 0:

@@ -35,7 +35,7 @@ class GuestSnapshot:
     reservation_pages: int
     """What can never be taken; at most `assigned_pages`."""
     shares: int
-    """Relative weight when memory is short; 0 takes no part beyond the reservation."""
+    """Relative weight when memory is short; 0 gets its reservation and what the others leave."""
     quota_pages: int
     """What it may use now."""
     lent_pages: int = 0
