@@ -2,12 +2,13 @@
 
 The result is a_i = clamp(level * weight_i, low_i, high_i) with one level for all, chosen so that
 the parts add up to the total: weighted max-min fairness. Raising any part further would take from
-one that has less for its weight. Exact in rationals, then rounded down, and the pages lost to
-rounding handed out one by one, so that rounding neither makes nor loses a page.
+one that has less for its weight. The level is an exact ratio of integers; the parts are rounded
+down, and the pages lost to rounding handed out one by one, so that rounding neither makes nor
+loses a page.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 
@@ -24,47 +25,55 @@ def fill(total_pages: int, parts: Mapping[str, Bounds]) -> dict[str, int]:
     """Divide `total_pages`; returns pages by name.
 
     The sum is `total_pages` unless the bounds forbid it: never below the sum of the lows, never
-    above the sum of the highs; parts of weight 0 stay at their low. The result does not depend on
-    the order of `parts`.
+    above the sum of the highs. Parts of weight 0 come last: they have their lows, and divide
+    equally what the others can't take. The result does not depend on the order of `parts`.
     """
-    level = _level(total_pages, parts)
-    exact = {name: _at(level, part) for name, part in parts.items()}
-    result = {name: int(value) for name, value in exact.items()}
-    spare = min(total_pages, int(sum(exact.values()))) - sum(result.values())
-    by_remainder = sorted(parts, key=lambda name: (result[name] - exact[name], name))
-    for name in by_remainder[: max(spare, 0)]:
+    weighted = {name: part for name, part in parts.items() if part.weight > 0}
+    last = {name: replace(part, weight=1) for name, part in parts.items() if part.weight == 0}
+    result = _fill(total_pages - sum(part.low_pages for part in last.values()), weighted)
+    return result | _fill(total_pages - sum(result.values()), last)
+
+
+def _fill(total_pages: int, parts: Mapping[str, Bounds]) -> dict[str, int]:
+    """As `fill`, where every weight is above 0."""
+    level, unit = _level(total_pages, parts)
+    result: dict[str, int] = {}
+    remainders: dict[str, int] = {}
+    for name, part in parts.items():
+        pages, remainder = divmod(level * part.weight, unit)
+        result[name] = min(max(pages, part.low_pages), part.high_pages)
+        if part.low_pages <= pages < part.high_pages and remainder:
+            remainders[name] = remainder
+    # The exact parts add up to a whole number, so there is a page lost for every whole remainder,
+    # and fewer of them than there are remainders.
+    lost = sum(remainders.values()) // unit
+    for name in sorted(remainders, key=lambda name: (-remainders[name], name))[:lost]:
         result[name] += 1
     return result
 
 
-def _at(level: Fraction, part: Bounds) -> Fraction:
-    wanted = level * part.weight
-    return min(max(wanted, Fraction(part.low_pages)), Fraction(part.high_pages))
-
-
-def _level(total_pages: int, parts: Mapping[str, Bounds]) -> Fraction:
+def _level(total_pages: int, parts: Mapping[str, Bounds]) -> tuple[int, int]:
     """The level at which the parts add up to the total, or the nearest that the bounds allow.
 
-    The sum is piecewise linear in the level and bends only where a part leaves its low or reaches
-    its high: walk over the bends in order.
+    Returns pages for one unit of weight as numerator and denominator, in integers throughout.
+
+    The sum of the parts is constant + slope * level, and bends where a part leaves its low (its
+    weight joins the slope) or reaches its high (its weight leaves it). Walk over the bends in
+    order, until the total lies before the next one: O(n log n).
     """
-    weighted = [part for part in parts.values() if part.weight > 0]
+    constant = sum(part.low_pages for part in parts.values())
+    if constant >= total_pages:
+        return 0, 1
     bends = sorted(
-        {
-            Fraction(bound, part.weight)
-            for part in weighted
-            for bound in (part.low_pages, part.high_pages)
-        }
+        (Fraction(bound, part.weight), sign * bound, sign * part.weight)
+        for part in parts.values()
+        for sign, bound in ((1, part.low_pages), (-1, part.high_pages))
     )
-    if not bends:
-        return Fraction(0)
-    previous, previous_sum = Fraction(0), sum(_at(Fraction(0), part) for part in parts.values())
-    for bend in bends:
-        bend_sum = sum(_at(bend, part) for part in parts.values())
-        if bend_sum >= total_pages:
-            if bend_sum == previous_sum:
-                return previous
-            share = Fraction(total_pages - previous_sum) / (bend_sum - previous_sum)
-            return previous + max(share, Fraction(0)) * (bend - previous)
-        previous, previous_sum = bend, bend_sum
-    return previous
+    slope = 0
+    for bend, bound, weight in bends:
+        # The sum at this bend, without a division.
+        if constant * bend.denominator + slope * bend.numerator >= total_pages * bend.denominator:
+            return total_pages - constant, slope
+        constant -= bound
+        slope += weight
+    return (bends[-1][0].numerator, bends[-1][0].denominator) if bends else (0, 1)

@@ -10,7 +10,8 @@ class QuotaTarget:
     name: str
     quota_pages: int
     entitled_pages: int
-    """What it would get of everything that is wanted; equals the quota unless it can't move."""
+    """What it would get if every guest could be moved: differs from the quota while somebody can't
+    be, and where the difference is too small to be worth a move."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,4 +20,5 @@ class Plan:
 
     targets: tuple[QuotaTarget, ...]
     shortage_pages: int
-    """How much more is wanted than there is; 0 when every demand is met."""
+    """How much more is needed than there is; 0 when every need can be met. What can't be moved or
+    is pinned counts as needed."""

@@ -6,12 +6,14 @@
 3. If they do not fit, the host is short: every guest keeps its reservation, and the rest is divided
    by shares up to the needs. The plan says by how much the host is short.
 
+Guests without shares come last, in both cases: they get what the others leave.
+
 A guest that can't be moved (no driver connected, or stuck) keeps what it has, and one that the
 operator pinned gets what was asked for; the others share what is left.
 
 Small differences are left alone: if every guest is within `STEP_PAGES` of its target and nothing is
 owed to the host reserve, the plan is to keep everything as it is, so that a noisy estimate does not
-make memory wander.
+make memory wander. A pin and a reservation are promises and not estimates: they are kept exactly.
 """
 
 from typing import Final
@@ -31,43 +33,52 @@ def plan(snapshot: HostSnapshot) -> Plan:
     The targets of movable guests add up to at most what the immovable and pinned ones leave of
     pool minus reserve, except where reservations alone exceed that.
     """
-    fixed = {g.name: quota for g in snapshot.guests if (quota := _fixed_pages(g)) is not None}
-    others = [g for g in snapshot.guests if g.name not in fixed]
-    left = max(snapshot.shareable_pages - sum(fixed.values()), 0)
-    needs = {g.name: _need_pages(g) for g in others}
-    shortage = max(sum(needs.values()) - left, 0)
-    if shortage:
-        parts = {
-            g.name: Bounds(min(g.reservation_pages, needs[g.name]), needs[g.name], g.shares)
-            for g in others
-        }
-    else:
-        parts = {g.name: Bounds(needs[g.name], g.assigned_pages, g.shares) for g in others}
-    wanted = fill(left, parts) | fixed
-    if _is_settled(snapshot, wanted):
-        kept = {g.name: g.quota_pages for g in snapshot.guests}
-    else:
-        kept = wanted
-    targets = tuple(QuotaTarget(name, kept[name], wanted[name]) for name in sorted(wanted))
+    pinned = {
+        g.name: _within(g, g.pinned_pages) for g in snapshot.guests if g.pinned_pages is not None
+    }
+    stuck = {g.name: g.quota_pages for g in snapshot.guests if not g.movable}
+    wanted, shortage = _divide(snapshot, pinned | stuck)
+    entitled = _divide(snapshot, pinned)[0] if stuck else wanted
+    kept = {g.name: g.quota_pages for g in snapshot.guests}
+    quotas = kept if _is_settled(snapshot, wanted) else wanted
+    names = sorted(quotas)
+    targets = tuple(QuotaTarget(name, quotas[name], entitled[name]) for name in names)
     return Plan(targets, shortage)
 
 
-def _fixed_pages(guest: GuestSnapshot) -> int | None:
-    if not guest.movable:
-        return guest.quota_pages
-    if guest.pinned_pages is not None:
-        return min(max(guest.pinned_pages, guest.reservation_pages), guest.assigned_pages)
-    return None
+def _divide(snapshot: HostSnapshot, fixed: dict[str, int]) -> tuple[dict[str, int], int]:
+    """Quotas by name with those in `fixed` as they are, and the shortage, in pages."""
+    others = [g for g in snapshot.guests if g.name not in fixed]
+    left = snapshot.shareable_pages - sum(fixed.values())
+    needs = {g.name: _need_pages(g) for g in others}
+    shortage = max(sum(needs.values()) - left, 0)
+    if shortage:
+        parts = {g.name: Bounds(g.reservation_pages, needs[g.name], g.shares) for g in others}
+    else:
+        parts = {g.name: Bounds(needs[g.name], g.assigned_pages, g.shares) for g in others}
+    return fill(left, parts) | fixed, shortage
+
+
+def _within(guest: GuestSnapshot, pages: int) -> int:
+    """`pages`, but at least the guest's reservation and at most its size."""
+    return min(max(pages, guest.reservation_pages), guest.assigned_pages)
 
 
 def _need_pages(guest: GuestSnapshot) -> int:
     """Demand within reservation and size; a guest that has not said keeps what it has."""
     demand = guest.quota_pages if guest.demand_pages is None else guest.demand_pages
-    return min(max(demand, guest.reservation_pages), guest.assigned_pages)
+    return _within(guest, demand)
 
 
 def _is_settled(snapshot: HostSnapshot, wanted: dict[str, int]) -> bool:
     quotas = sum(g.quota_pages for g in snapshot.guests)
     return quotas <= snapshot.shareable_pages and all(
-        abs(wanted[g.name] - g.quota_pages) <= STEP_PAGES for g in snapshot.guests
+        _is_near(g, wanted[g.name]) for g in snapshot.guests
     )
+
+
+def _is_near(guest: GuestSnapshot, wanted_pages: int) -> bool:
+    """Whether the guest may stay as it is. A pin and a reservation are promises: kept exactly."""
+    if guest.pinned_pages is not None or guest.quota_pages < guest.reservation_pages:
+        return guest.quota_pages == wanted_pages
+    return abs(wanted_pages - guest.quota_pages) <= STEP_PAGES
