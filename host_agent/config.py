@@ -15,9 +15,10 @@
 are refused by name. All refusals are a ConfigError of one line: source, place, key, reason.
 """
 
+import re
 import tomllib
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
@@ -44,6 +45,8 @@ counted beside the pool."""
 
 RESERVE_SHARE_OF_POOL: Final = 0.05
 
+_DIRECTORY_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+
 
 def _absolute(path: Path) -> Path:
     if not path.is_absolute():
@@ -51,11 +54,10 @@ def _absolute(path: Path) -> Path:
     return path
 
 
-def _inside(cgroup: str) -> str:
-    parts = PurePosixPath(cgroup).parts
-    if not parts or cgroup.startswith("/") or ".." in parts or "\0" in cgroup:
-        raise ValueError(f"{cgroup!r} is not a path below the cgroup hierarchy's root")
-    return str(PurePosixPath(cgroup))
+def _directory_name(name: str) -> str:
+    if _DIRECTORY_NAME.fullmatch(name) is None:
+        raise ValueError(f"{name!r} is not the name of one directory: letters, digits, '_.-'")
+    return name
 
 
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
@@ -102,7 +104,7 @@ class HostConfig(_Table):
     policy: str = Field(default="shares", min_length=1, max_length=64)
     run_dir: AbsolutePath = DEFAULT_RUN_DIR
     state_dir: AbsolutePath = DEFAULT_STATE_DIR
-    cgroup_root: Annotated[str, AfterValidator(_inside)] = "memballoon"
+    cgroup_root: Annotated[str, AfterValidator(_directory_name)] = "memballoon"
     on_exit: Literal["stop", "keep"] = "stop"
     dry_patience_s: Seconds = 10.0
     interval_s: Seconds = 0.25
