@@ -1,0 +1,339 @@
+"""Can this machine run mock VMs? One check for each thing that the agent needs or likes.
+
+A check looks and judges; it changes nothing, and none ends the others. `warn` is for what only
+some uses need, `fail` for what every mock VM needs. What to do is said wherever something can be.
+"""
+
+import ctypes
+import mmap
+import os
+import resource
+import shutil
+import socket
+import struct
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Final
+
+from host_agent.config import DEFAULT_RUN_DIR, control_socket_in, default_pool
+from host_agent.facade.server import is_answered
+from host_agent.quota.base import QuotaBackend
+from host_agent.quota.cgroup1 import Cgroup1Backend
+from host_agent.quota.detect import detect
+from host_agent.quota.errors import QuotaUnavailable
+from host_agent.sizes import format_size
+from protocol.units import KIB, MIB, PAGE_BYTES
+
+LEAST_KERNEL: Final = (5, 18)
+"""MADV_DONTNEED_LOCKED came with it; MADV_POPULATE_WRITE is older (5.14)."""
+
+LEAST_POOL_BYTES: Final = 256 * MIB
+"""What the demonstration needs to show anything."""
+
+CAP_IPC_LOCK: Final = 14
+"""Its bit in CapEff of /proc/self/status; capabilities(7)."""
+
+TOOLS: Final = ("unshare", "nsenter", "setpriv")
+DOCKER_SOCKET: Final = Path("/var/run/docker.sock")
+PROBE_TIMEOUT_S: Final = 5.0
+
+_PFN_MASK: Final = (1 << 55) - 1  # proc_pid_pagemap(5)
+_PAGE_FILES: Final = ("/proc/kpageflags", "/proc/kpagecgroup")
+
+
+class Verdict(StrEnum):
+    """What a check came to."""
+
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "fail"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """What one check looked for, how that came out, and what to do (None: nothing)."""
+
+    name: str
+    verdict: Verdict
+    found: str
+    what_to_do: str | None = None
+
+    def as_dict(self) -> dict[str, str | None]:
+        """For JSON."""
+        return asdict(self)
+
+
+def _ok(name: str, found: str) -> Check:
+    return Check(name, Verdict.OK, found)
+
+
+def run_checks(run_dir: Path = DEFAULT_RUN_DIR) -> list[Check]:
+    """All checks in a fixed order. A check that breaks is a failed check, never an exception."""
+    checks: tuple[tuple[str, Callable[[], Check]], ...] = (
+        ("root", check_root),
+        ("kernel", lambda: judge_kernel(os.uname().release)),
+        ("page size", lambda: judge_page_size(os.sysconf("SC_PAGE_SIZE"))),
+        ("memory cgroup", check_memory_cgroup),
+        ("locked memory", check_locked_memory),
+        ("page frames", check_page_frames),
+        ("namespaces", check_namespaces),
+        ("free memory", lambda: judge_free_memory(_meminfo())),
+        ("swap", lambda: judge_swap(_meminfo())),
+        ("pressure", check_pressure),
+        ("huge pages", check_huge_pages),
+        ("docker", check_docker),
+        ("agent", lambda: check_agent(run_dir)),
+    )
+    return [_caught(name, check) for name, check in checks]
+
+
+def _caught(name: str, check: Callable[[], Check]) -> Check:
+    try:
+        return check()
+    except (OSError, ValueError, LookupError) as error:
+        return Check(name, Verdict.FAIL, f"can't be looked at: {error}")
+
+
+def check_root() -> Check:
+    """Limits of cgroups and the page files are root's."""
+    if os.geteuid() == 0:
+        return _ok("root", "yes")
+    return Check("root", Verdict.FAIL, f"no, uid {os.geteuid()}", "run as root (sudo)")
+
+
+def judge_kernel(release: str) -> Check:
+    """Is the kernel new enough, going by its release (`6.1.0-18-amd64`)?"""
+    numbers = release.split("-", maxsplit=1)[0].split(".")
+    if tuple(int(number) for number in numbers[:2]) >= LEAST_KERNEL:
+        return _ok("kernel", release)
+    least = ".".join(map(str, LEAST_KERNEL))
+    return Check("kernel", Verdict.FAIL, release, f"boot Linux {least} or newer")
+
+
+def judge_page_size(page_bytes: int) -> Check:
+    """Are base pages 4 KiB?"""
+    if page_bytes == PAGE_BYTES:
+        return _ok("page size", format_size(page_bytes))
+    return Check(
+        "page size", Verdict.FAIL, format_size(page_bytes), "boot a kernel with 4 KiB pages"
+    )
+
+
+def check_memory_cgroup() -> Check:
+    """Is there a memory controller, and may this process make cgroups under it?"""
+    try:
+        backend = detect()
+    except QuotaUnavailable as error:
+        return Check("memory cgroup", Verdict.FAIL, "none", str(error))
+    top = backend.root.parent
+    found = f"version {_version_of(backend)} at {top}"
+    if os.access(top, os.W_OK):
+        return _ok("memory cgroup", found)
+    return Check(
+        "memory cgroup",
+        Verdict.FAIL,
+        f"{found}, not writable",
+        "run as root; in a container mount /sys/fs/cgroup read-write",
+    )
+
+
+def _version_of(backend: QuotaBackend) -> int:
+    return 1 if isinstance(backend, Cgroup1Backend) else 2
+
+
+def check_locked_memory() -> Check:
+    """May a process lock memory without a limit?"""
+    limit_bytes, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    capabilities = next(
+        int(line.split()[1], 16) for line in status.splitlines() if line.startswith("CapEff:")
+    )
+    return judge_locked_memory(capabilities, limit_bytes)
+
+
+def judge_locked_memory(capabilities: int, limit_bytes: int) -> Check:
+    """By the effective capabilities' bits and RLIMIT_MEMLOCK (-1: none)."""
+    if capabilities >> CAP_IPC_LOCK & 1:
+        return _ok("locked memory", "CAP_IPC_LOCK: no limit")
+    if limit_bytes == resource.RLIM_INFINITY:
+        return _ok("locked memory", "no limit")
+    return Check(
+        "locked memory",
+        Verdict.FAIL,
+        f"{format_size(limit_bytes)} at most, and no CAP_IPC_LOCK",
+        "run as root; in a container add the capability IPC_LOCK",
+    )
+
+
+def check_page_frames() -> Check:
+    """Can frames be seen as the kernel sees them, with their numbers, flags and cgroup?"""
+    advice = "run as root in the initial user namespace; a container needs CAP_SYS_ADMIN"
+    with _one_page() as address, Path("/proc/self/pagemap").open("rb", buffering=0) as pagemap:
+        pagemap.seek(address // PAGE_BYTES * 8)
+        (entry,) = struct.unpack("<Q", pagemap.read(8))
+    frame = entry & _PFN_MASK
+    if not frame:
+        return Check("page frames", Verdict.FAIL, "pagemap hides the frame numbers", advice)
+    for path in _PAGE_FILES:
+        try:
+            with open(path, "rb", buffering=0) as file:
+                file.seek(frame * 8)
+                if len(file.read(8)) != 8:
+                    return Check("page frames", Verdict.FAIL, f"{path} ends too early", advice)
+        except FileNotFoundError:
+            return Check(
+                "page frames",
+                Verdict.FAIL,
+                f"no {path}",
+                "boot a kernel with CONFIG_PROC_PAGE_MONITOR and CONFIG_MEMCG",
+            )
+        except OSError as error:
+            return Check("page frames", Verdict.FAIL, f"{path}: {error.strerror}", advice)
+    return _ok("page frames", "pagemap, kpageflags and kpagecgroup can be read")
+
+
+@contextmanager
+def _one_page() -> Iterator[int]:
+    with mmap.mmap(-1, PAGE_BYTES) as page:
+        page[0] = 1  # or there is no frame behind it
+        view = ctypes.c_char.from_buffer(page)
+        try:
+            yield ctypes.addressof(view)
+        finally:
+            del view  # the mapping can't be closed while it is looked at
+
+
+def check_namespaces() -> Check:
+    """Are the tools that make mock VMs of processes there, and do they work?"""
+    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
+    if missing:
+        return Check(
+            "namespaces",
+            Verdict.FAIL,
+            f"no {', no '.join(missing)}",
+            "apt-get install util-linux",
+        )
+    try:
+        done = subprocess.run(
+            ["unshare", "--mount", "--pid", "--fork", "--kill-child", "true"],
+            capture_output=True,
+            text=True,
+            timeout=PROBE_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return Check("namespaces", Verdict.FAIL, f"unshare hung for {PROBE_TIMEOUT_S:g} s")
+    if done.returncode != 0:
+        return Check(
+            "namespaces",
+            Verdict.FAIL,
+            " ".join(done.stderr.split()) or f"unshare ended with {done.returncode}",
+            "run as root; a container needs CAP_SYS_ADMIN and a seccomp profile with unshare",
+        )
+    return _ok("namespaces", ", ".join(TOOLS))
+
+
+def judge_free_memory(meminfo: str) -> Check:
+    """Is there enough for a pool, going by the text of /proc/meminfo?"""
+    pool_bytes = default_pool(meminfo)
+    if pool_bytes is None:
+        return Check("free memory", Verdict.FAIL, "/proc/meminfo names no MemAvailable")
+    found = f"a pool of {format_size(pool_bytes)} unless configured"
+    if pool_bytes >= LEAST_POOL_BYTES:
+        return _ok("free memory", found)
+    return Check("free memory", Verdict.WARN, found, "end something that holds memory")
+
+
+def judge_swap(meminfo: str) -> Check:
+    """Swap is no fault, but it changes what a guest can give; text of /proc/meminfo."""
+    total_bytes = 0
+    for line in meminfo.splitlines():
+        if line.startswith("SwapTotal:"):
+            total_bytes = int(line.split()[1]) * KIB
+    if total_bytes:
+        return _ok("swap", f"{format_size(total_bytes)}: guests may swap before they run dry")
+    return _ok("swap", "none: what a guest holds in anonymous memory it can't give")
+
+
+def check_pressure() -> Check:
+    """Pressure stall information makes estimates better and is required for nothing."""
+    if Path("/proc/pressure/memory").exists():
+        return _ok("pressure", "pressure stall information is there")
+    return Check("pressure", Verdict.WARN, "no /proc/pressure", "boot with psi=1 (optional)")
+
+
+def check_huge_pages() -> Check:
+    """2 MiB frames need transparent huge pages by madvise at least."""
+    path = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    choices = path.read_text(encoding="ascii").strip() if path.exists() else "[never]"
+    if "[never]" in choices:
+        return Check(
+            "huge pages", Verdict.WARN, "off", f"for 2 MiB frames: echo madvise > {path} (optional)"
+        )
+    return _ok("huge pages", choices)
+
+
+def check_docker() -> Check:
+    """An engine is needed for containers as mock VMs, and for nothing else."""
+    path = _docker_socket(os.environ.get("DOCKER_HOST", ""))
+    if path is None:
+        return Check(
+            "docker",
+            Verdict.WARN,
+            "DOCKER_HOST names no Unix socket",
+            "containers as mock VMs need an engine on this machine (optional)",
+        )
+    if _answers_ping(path):
+        return _ok("docker", f"an engine answers at {path}")
+    return Check(
+        "docker",
+        Verdict.WARN,
+        f"no engine answers at {path}",
+        "apt-get install docker.io, for containers as mock VMs (optional)",
+    )
+
+
+def _docker_socket(docker_host: str) -> Path | None:
+    if not docker_host:
+        return DOCKER_SOCKET
+    scheme, _, path = docker_host.partition("://")
+    return Path(path) if scheme == "unix" and path else None
+
+
+def _answers_ping(path: Path) -> bool:
+    # Two lines of HTTP: no client of 0.3 s import for them.
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as engine:
+            engine.settimeout(PROBE_TIMEOUT_S)
+            engine.connect(os.fspath(path))
+            engine.sendall(b"GET /_ping HTTP/1.0\r\nHost: docker\r\n\r\n")
+            return b" 200 " in engine.recv(64).partition(b"\r\n")[0]
+    except OSError:
+        return False
+
+
+def check_agent(run_dir: Path) -> Check:
+    """Is an agent running, or did a dead one leave VMs behind?"""
+    socket_path = control_socket_in(run_dir)
+    if is_answered(socket_path):
+        return _ok("agent", f"one answers at {socket_path}")
+    try:
+        left = detect().names()
+    except QuotaUnavailable:
+        left = ()
+    if not left:
+        return _ok("agent", "none running, nothing left behind")
+    return Check(
+        "agent",
+        Verdict.WARN,
+        f"none running, but cgroups of VMs are left: {', '.join(left)}",
+        "start `balloon agent`: it takes them over, or removes what is dead",
+    )
+
+
+def _meminfo() -> str:
+    return Path("/proc/meminfo").read_text(encoding="ascii")
