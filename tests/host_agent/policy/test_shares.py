@@ -1,0 +1,417 @@
+"""The shares policy: bounds, promises, fairness, and that it comes to rest."""
+
+from dataclasses import replace
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from host_agent.ledger.snapshot import GuestSnapshot, HostSnapshot
+from host_agent.policy.plan import Plan, QuotaTarget
+from host_agent.policy.shares import STEP_PAGES, plan
+from protocol.units import MIB, PAGE_BYTES
+
+# Sizes of a few steps: some differences are worth a move and some are not.
+SIZE = st.integers(0, 8 * STEP_PAGES)
+
+
+@st.composite
+def guests(draw: st.DrawFn, name: str, *, movable: bool | None = None) -> GuestSnapshot:
+    assigned = draw(st.integers(1, 8 * STEP_PAGES))
+    maybe = st.none() | SIZE
+    return GuestSnapshot(
+        name=name,
+        assigned_pages=assigned,
+        reservation_pages=min(draw(st.just(0) | SIZE), assigned),
+        shares=draw(st.sampled_from([0, 1, 500, 1000, 2000])),
+        quota_pages=min(draw(SIZE), assigned),
+        demand_pages=draw(maybe),
+        working_set_pages=draw(maybe),
+        movable=draw(st.sampled_from([True, True, False])) if movable is None else movable,
+        pinned_pages=draw(st.none() | maybe),
+    )
+
+
+@st.composite
+def hosts(draw: st.DrawFn, *, movable: bool | None = None) -> HostSnapshot:
+    """As the ledger makes them: the quotas fit the pool, the reservations pool minus reserve."""
+    names = draw(st.lists(st.sampled_from("abcdef"), unique=True, max_size=6))
+    some = tuple(draw(guests(name, movable=movable)) for name in names)
+    reserve = draw(SIZE)
+    least = max(sum(g.quota_pages for g in some), sum(g.reservation_pages for g in some) + reserve)
+    pool = least + draw(st.just(0) | st.integers(0, 20 * STEP_PAGES))
+    return HostSnapshot(pool, reserve, some)
+
+
+def quotas(answer: Plan) -> dict[str, int]:
+    return {target.name: target.quota_pages for target in answer.targets}
+
+
+def need(guest: GuestSnapshot) -> int:
+    wanted = guest.quota_pages if guest.demand_pages is None else guest.demand_pages
+    return sorted((guest.reservation_pages, wanted, guest.assigned_pages))[1]
+
+
+def free_hands(host: HostSnapshot) -> list[GuestSnapshot]:
+    """The guests that the policy decides about."""
+    return [g for g in host.guests if g.movable and g.pinned_pages is None]
+
+
+def is_kept(host: HostSnapshot, answer: Plan) -> bool:
+    return all(quotas(answer)[g.name] == g.quota_pages for g in host.guests)
+
+
+class TestProperties:
+    @given(hosts())
+    def test_every_guest_has_one_target_within_its_size(self, host: HostSnapshot) -> None:
+        answer = plan(host)
+        names = [target.name for target in answer.targets]
+        assert names == sorted(g.name for g in host.guests)
+        for guest in host.guests:
+            assert 0 <= quotas(answer)[guest.name] <= guest.assigned_pages
+
+    @given(hosts())
+    def test_a_reservation_is_never_touched(self, host: HostSnapshot) -> None:
+        answer = plan(host)
+        for guest in host.guests:
+            if guest.movable:
+                assert quotas(answer)[guest.name] >= guest.reservation_pages
+
+    @given(hosts())
+    def test_immovable_guests_keep_theirs_and_pins_are_exact(self, host: HostSnapshot) -> None:
+        answer = quotas(plan(host))
+        for guest in host.guests:
+            if not guest.movable:
+                assert answer[guest.name] == guest.quota_pages
+            elif guest.pinned_pages is not None:
+                bounds = (guest.reservation_pages, guest.pinned_pages, guest.assigned_pages)
+                assert answer[guest.name] == sorted(bounds)[1]
+
+    @given(hosts())
+    def test_targets_make_no_page_and_leave_none_idle(self, host: HostSnapshot) -> None:
+        answer = plan(host)
+        free = free_hands(host)
+        others = {g.name for g in host.guests} - {g.name for g in free}
+        left = host.shareable_pages - sum(quotas(answer)[name] for name in others)
+        total = sum(quotas(answer)[g.name] for g in free)
+        assert total <= max(left, sum(g.reservation_pages for g in free))
+        if not is_kept(host, answer):
+            least = sum(g.reservation_pages for g in free)
+            most = sum(g.assigned_pages for g in free)
+            assert total == min(max(left, least), most)
+
+    @given(hosts(), st.randoms(use_true_random=False))
+    def test_the_order_of_the_guests_does_not_matter(
+        self, host: HostSnapshot, random: Random
+    ) -> None:
+        mixed = list(host.guests)
+        random.shuffle(mixed)
+        assert plan(replace(host, guests=tuple(mixed))) == plan(host)
+
+    @given(hosts())
+    def test_the_shortage_is_what_is_needed_beyond_what_there_is(self, host: HostSnapshot) -> None:
+        answer = plan(host)
+        needed = 0
+        for guest in host.guests:
+            if not guest.movable:
+                needed += guest.quota_pages
+            elif guest.pinned_pages is not None:
+                needed += need(replace(guest, demand_pages=guest.pinned_pages))
+            else:
+                needed += need(guest)
+        assert answer.shortage_pages == max(0, needed - host.shareable_pages)
+
+    @given(hosts())
+    def test_without_shortage_every_need_is_met(self, host: HostSnapshot) -> None:
+        answer = plan(host)
+        if answer.shortage_pages or is_kept(host, answer):
+            return
+        for guest in free_hands(host):
+            assert quotas(answer)[guest.name] >= need(guest)
+
+    @given(hosts())
+    def test_in_a_shortage_nobody_gets_more_than_it_needs(self, host: HostSnapshot) -> None:
+        answer = plan(host)
+        if answer.shortage_pages and not is_kept(host, answer):
+            for guest in free_hands(host):
+                assert quotas(answer)[guest.name] <= need(guest)
+
+    @given(hosts())
+    def test_division_is_fair(self, host: HostSnapshot) -> None:
+        """Nobody below its high has less for its shares than somebody above its low."""
+        answer = plan(host)
+        if is_kept(host, answer):
+            return
+        got = quotas(answer)
+        short = answer.shortage_pages > 0
+        weighted = [g for g in free_hands(host) if g.shares]
+        for poor in weighted:
+            for rich in weighted:
+                wants_more = got[poor.name] < (need(poor) if short else poor.assigned_pages)
+                may_give = got[rich.name] > (rich.reservation_pages if short else need(rich))
+                if wants_more and may_give:
+                    assert (got[poor.name] + 1) * rich.shares > (got[rich.name] - 1) * poor.shares
+
+    @given(hosts())
+    def test_a_plan_in_force_is_kept(self, host: HostSnapshot) -> None:
+        """With its own answer as the state, and steady input, the answer is the same."""
+        answer = quotas(plan(host))
+        if sum(answer.values()) > host.shareable_pages:
+            return
+        reached = replace(
+            host, guests=tuple(replace(g, quota_pages=answer[g.name]) for g in host.guests)
+        )
+        assert quotas(plan(reached)) == answer
+
+
+def step(host: HostSnapshot, floors: dict[str, int]) -> HostSnapshot:
+    """What the agent does with a plan: shrink first, then grant what is free, by name.
+
+    A guest gives nothing below its floor.
+    """
+    answer = quotas(plan(host))
+    now = {g.name: g.quota_pages for g in host.guests}
+    for guest in host.guests:
+        wanted = answer[guest.name]
+        if guest.movable and wanted < now[guest.name]:
+            now[guest.name] = max(wanted, min(floors[guest.name], now[guest.name]))
+    for guest in sorted(host.guests, key=lambda g: g.name):
+        # What is owed to the reserve is repaid before anything counts as free.
+        free = max(0, host.shareable_pages - sum(now.values()))
+        wanted = answer[guest.name]
+        if guest.movable and wanted > now[guest.name]:
+            now[guest.name] += min(free, wanted - now[guest.name])
+    after = tuple(replace(g, quota_pages=now[g.name]) for g in host.guests)
+    return replace(host, guests=after)
+
+
+class TestComesToRest:
+    @given(hosts())
+    def test_steady_input_settles_and_stays(self, host: HostSnapshot) -> None:
+        floors = {g.name: 0 for g in host.guests}
+        for _ in range(3):
+            host = step(host, floors)
+        for _ in range(3):
+            assert step(host, floors) == host
+
+    @given(hosts(), st.data())
+    def test_guests_that_refuse_to_shrink_make_no_oscillation(
+        self, host: HostSnapshot, data: st.DataObject
+    ) -> None:
+        floors = {g.name: data.draw(SIZE) for g in host.guests}
+        for _ in range(6):
+            host = step(host, floors)
+        for _ in range(3):
+            assert step(host, floors) == host
+
+    @given(hosts())
+    def test_no_step_breaks_the_pool(self, host: HostSnapshot) -> None:
+        floors = {g.name: 0 for g in host.guests}
+        for _ in range(3):
+            host = step(host, floors)
+            assert sum(g.quota_pages for g in host.guests) <= host.pool_pages
+
+    @given(hosts(movable=True))
+    def test_a_lent_reserve_is_repaid_when_all_can_move(self, host: HostSnapshot) -> None:
+        host = replace(host, guests=tuple(replace(g, pinned_pages=None) for g in host.guests))
+        host = step(host, {g.name: 0 for g in host.guests})
+        assert sum(g.quota_pages for g in host.guests) <= host.shareable_pages
+
+
+def mib(size: float) -> int:
+    pages = size * MIB / PAGE_BYTES
+    assert pages == int(pages)
+    return int(pages)
+
+
+def guest(name: str, assigned: float, quota: float, **more: object) -> GuestSnapshot:
+    """Sizes in MiB, pages in `more`."""
+    values = {"reservation_pages": 0, "shares": 1000, **more}
+    return GuestSnapshot(name, mib(assigned), quota_pages=mib(quota), **values)  # type: ignore[arg-type]
+
+
+def host(pool: float, reserve: float, *some: GuestSnapshot) -> HostSnapshot:
+    return HostSnapshot(mib(pool), mib(reserve), some)
+
+
+class TestSmallHosts:
+    def test_empty(self) -> None:
+        assert plan(host(100, 10)) == Plan((), 0)
+        assert plan(host(0, 0)) == Plan((), 0)
+
+    def test_one_guest_gets_its_size(self) -> None:
+        answer = plan(host(100, 10, guest("g", 50, 20, demand_pages=mib(5))))
+        assert answer == Plan((QuotaTarget("g", mib(50), mib(50)),), 0)
+
+    def test_one_guest_larger_than_the_host(self) -> None:
+        answer = plan(host(100, 10, guest("g", 200, 20, demand_pages=mib(150))))
+        # 90 of the 150 that it needs.
+        assert answer == Plan((QuotaTarget("g", mib(90), mib(90)),), mib(60))
+
+    def test_a_guest_that_has_not_said_what_it_needs_keeps_what_it_has(self) -> None:
+        """Absent is not 0: it takes part with its quota as its need."""
+        told = guest("told", 100, 20, demand_pages=mib(80))
+        silent = guest("silent", 100, 60)
+        # 60 + 80 do not fit 90: 45 each.
+        answer = plan(host(100, 10, told, silent))
+        assert quotas(answer) == {"silent": mib(45), "told": mib(45)}
+        assert answer.shortage_pages == mib(50)
+        # 60 + 30 fit exactly.
+        answer = plan(host(100, 10, replace(told, demand_pages=mib(30)), silent))
+        assert quotas(answer) == {"silent": mib(60), "told": mib(30)}
+        assert answer.shortage_pages == 0
+        # A demand of 0 is one: everything is spare, 45 each.
+        answer = plan(
+            host(100, 10, replace(told, demand_pages=mib(30)), replace(silent, demand_pages=0))
+        )
+        assert quotas(answer) == {"silent": mib(45), "told": mib(45)}
+
+    def test_nobody_can_move(self) -> None:
+        some = [guest(name, 80, 40, demand_pages=mib(70), movable=False) for name in "ab"]
+        answer = plan(host(100, 10, *some))
+        assert quotas(answer) == {"a": mib(40), "b": mib(40)}
+        # Could they be moved, each had 45.
+        assert [target.entitled_pages for target in answer.targets] == [mib(45), mib(45)]
+
+    def test_the_others_share_what_a_stuck_guest_leaves(self) -> None:
+        stuck = guest("stuck", 80, 60, demand_pages=mib(10), movable=False)
+        some = [guest(name, 80, 15, demand_pages=mib(40)) for name in "ab"]
+        answer = plan(host(100, 10, stuck, *some))
+        # 90 - 60 = 30 for two that need 40 each. Could it be moved: all needs fit with 90.
+        assert answer == Plan(
+            (
+                QuotaTarget("a", mib(15), mib(40)),
+                QuotaTarget("b", mib(15), mib(40)),
+                QuotaTarget("stuck", mib(60), mib(10)),
+            ),
+            mib(50),
+        )
+
+    def test_a_stuck_guest_may_leave_less_than_the_reservations(self) -> None:
+        stuck = guest("stuck", 100, 80, movable=False)
+        rest = guest("rest", 50, 10, reservation_pages=mib(30), demand_pages=mib(40))
+        answer = plan(host(100, 10, stuck, rest))
+        assert quotas(answer) == {"rest": mib(30), "stuck": mib(80)}
+        # 80 + 40 of 90.
+        assert answer.shortage_pages == mib(30)
+
+    def test_a_stuck_guest_stays_where_it_is_whatever_its_pin(self) -> None:
+        stuck = guest("stuck", 80, 60, pinned_pages=mib(20), movable=False)
+        answer = plan(host(100, 10, stuck))
+        assert answer.targets == (QuotaTarget("stuck", mib(60), mib(20)),)
+
+    @pytest.mark.parametrize(("pin", "got"), [(50, 50), (5, 20), (500, 80), (0, 20)])
+    def test_a_pin_lies_within_reservation_and_size(self, pin: int, got: int) -> None:
+        pinned = guest("pinned", 80, 40, reservation_pages=mib(20), pinned_pages=mib(pin))
+        other = guest("other", 100, 10, demand_pages=mib(10))
+        answer = plan(host(100, 10, pinned, other))
+        assert quotas(answer) == {"other": mib(90 - got), "pinned": mib(got)}
+
+    def test_pins_beyond_the_host_are_a_shortage(self) -> None:
+        some = [guest(name, 80, 40, pinned_pages=mib(60)) for name in "ab"]
+        rest = guest("c", 80, 5, reservation_pages=mib(10), demand_pages=mib(30))
+        answer = plan(host(100, 10, *some, rest))
+        # 60 + 60 + 30 of 90; the reservation stands.
+        assert answer.shortage_pages == mib(60)
+        assert quotas(answer) == {"a": mib(60), "b": mib(60), "c": mib(10)}
+
+    def test_no_shares_no_part_while_others_want_more(self) -> None:
+        none = guest("none", 80, 40, shares=0, reservation_pages=mib(20), demand_pages=mib(60))
+        some = guest("some", 100, 40, demand_pages=mib(100))
+        answer = plan(host(100, 10, none, some))
+        assert quotas(answer) == {"none": mib(20), "some": mib(70)}
+
+    def test_no_shares_still_gets_what_the_others_leave(self) -> None:
+        """Short by little, it loses little: else its memory would lie idle while it starves."""
+        none = guest("none", 80, 40, shares=0, demand_pages=mib(60))
+        some = guest("some", 100, 40, demand_pages=mib(31))
+        answer = plan(host(100, 10, none, some))
+        assert quotas(answer) == {"none": mib(59), "some": mib(31)}
+        assert answer.shortage_pages == mib(1)
+
+    def test_nobody_has_shares(self) -> None:
+        some = [guest(name, 80, 30, shares=0, demand_pages=mib(70)) for name in "ab"]
+        assert quotas(plan(host(100, 10, *some))) == {"a": mib(45), "b": mib(45)}
+
+
+class TestSmallDifferences:
+    """Two guests of 100 MiB on 100 MiB without reserve: 50 each is the division."""
+
+    def pair(self, a_pages: int, b_pages: int, **more: object) -> HostSnapshot:
+        a = guest("a", 100, 0, demand_pages=0, **more)
+        b = guest("b", 100, 0, demand_pages=0)
+        return host(100, 0, replace(a, quota_pages=a_pages), replace(b, quota_pages=b_pages))
+
+    def test_are_left_alone(self) -> None:
+        half = mib(50)
+        answer = plan(self.pair(half + STEP_PAGES, half - STEP_PAGES))
+        assert quotas(answer) == {"a": half + STEP_PAGES, "b": half - STEP_PAGES}
+        assert [target.entitled_pages for target in answer.targets] == [half, half]
+
+    @pytest.mark.parametrize("more", [(1, 0), (0, 1)])
+    def test_one_larger_one_moves_all(self, more: tuple[int, int]) -> None:
+        half, step_a, step_b = mib(50), STEP_PAGES + more[0], STEP_PAGES + more[1]
+        answer = plan(self.pair(half - step_a, half - step_b))
+        assert quotas(answer) == {"a": half, "b": half}
+        answer = plan(self.pair(half - step_a, half + step_b - 2))
+        assert (quotas(answer) == {"a": half, "b": half}) is (more == (1, 0))
+
+    def test_move_while_the_reserve_is_lent(self) -> None:
+        half = mib(50)
+        snapshot = replace(self.pair(half + 1, half), pool_pages=mib(110), reserve_pages=mib(10))
+        assert quotas(plan(snapshot)) == {"a": half, "b": half}
+
+    def test_a_pin_is_exact(self) -> None:
+        half = mib(50)
+        answer = plan(self.pair(half - 1, half, pinned_pages=half))
+        assert quotas(answer) == {"a": half, "b": half}
+        answer = plan(self.pair(half, half - 1, pinned_pages=half))
+        assert quotas(answer) == {"a": half, "b": half - 1}
+
+    def test_a_reservation_is_exact(self) -> None:
+        half = mib(50)
+        answer = plan(self.pair(half - 1, half, reservation_pages=half))
+        assert quotas(answer) == {"a": half, "b": half}
+        answer = plan(self.pair(half, half - 1, reservation_pages=half))
+        assert quotas(answer) == {"a": half, "b": half - 1}
+
+
+class TestTheClassicalCase:
+    """Pool 1200 MiB, host reserve 60 MiB: 1140 MiB for ten guests of 160 MiB, 1600 in all."""
+
+    def ten(self, quota: float, demands: list[int], **more: object) -> HostSnapshot:
+        some = (
+            guest(f"vm{i}", 160, quota, demand_pages=mib(demand), **more)
+            for i, demand in enumerate(demands)
+        )
+        return host(1200, 60, *some)
+
+    def test_all_idle(self) -> None:
+        # Each needs 90: 900 of 1140. The other 240 are divided: 1140 / 10 = 114 each.
+        answer = plan(self.ten(0, [90] * 10))
+        assert answer.shortage_pages == 0
+        assert quotas(answer) == {f"vm{i}": mib(114) for i in range(10)}
+
+    def test_one_rises(self) -> None:
+        # It needs 155 of its 160 and has it; 1140 - 155 = 985 for nine, who are far below 155 for
+        # the same shares. 985 MiB are 252160 pages, 28017 each and 7 over, for the first by name.
+        answer = plan(self.ten(114, [90] * 7 + [155, 90, 90]))
+        assert answer.shortage_pages == 0
+        got = quotas(answer)
+        assert got.pop("vm7") == mib(155)
+        assert list(got.values()) == [28018] * 7 + [28017] * 2
+
+    def test_all_rise(self) -> None:
+        # Each needs 146: 1460 of 1140, short by 320. With shares of 2000, 1000 and 500:
+        # vm0-2 (2000) are full with 146 each: 438;
+        # vm7-9 (500) are held up by their reservation of 80 each: 240;
+        # vm3-6 (1000) divide the rest: (1140 - 438 - 240) / 4 = 115.5 each.
+        # It fits together: 115.5 for 1000 shares would be 231 for 2000 (above 146, full), and
+        # 57.75 for 500 (below 80, held up).
+        before = self.ten(114, [146] * 10, reservation_pages=mib(80))
+        shares = [2000] * 3 + [1000] * 4 + [500] * 3
+        some = (replace(g, shares=s) for g, s in zip(before.guests, shares, strict=True))
+        answer = plan(replace(before, guests=tuple(some)))
+        assert answer.shortage_pages == mib(320)
+        assert list(quotas(answer).values()) == [mib(146)] * 3 + [mib(115.5)] * 4 + [mib(80)] * 3
