@@ -61,6 +61,7 @@ class Inflation:
         self.target_id: int | None = None
         """Of the newest target; None before the first."""
         self.offered_pages = 0
+        """Of the offer to the newest target; 0 before there is one."""
         self.reservation: Reservation | None = None
         self.open_reports: dict[int, OpenReport] = {}
         self._last_report_id: int | None = None
@@ -81,6 +82,7 @@ class Inflation:
         if self.target_id is not None and message.target_id <= self.target_id:
             return f"target {message.target_id} does not come after target {self.target_id}"
         self.target_id = message.target_id
+        self.offered_pages = 0  # an offer for the older target may be known to the guest alone
         self.state = INFLATION[self.state][Target]
         return None
 
