@@ -1,0 +1,139 @@
+"""A guest's private socket: who may speak on it, and the greeting.
+
+There is one socket for each guest, in a directory that is mounted into that guest alone. Who is on
+the other end is decided by the kernel: the peer's pid (SO_PEERCRED) must be in the guest's driver
+cgroup. What a Hello says of itself is used to find things, never to believe them.
+"""
+
+import contextlib
+import logging
+import socket
+import struct
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from host_agent.audit.frames import FrameAuditor
+from host_agent.guest import Guest
+from host_agent.quota.base import Part
+from protocol.channel import Channel
+from protocol.connection import Connection
+from protocol.errors import ChannelError
+from protocol.messages import Goodbye, Hello, Message
+from protocol.vocabulary import Role, one_line
+
+LOG = logging.getLogger("memballoon.intake")
+
+SOCKET_NAME: Final = "channel.sock"
+
+BACKLOG: Final = 4
+"""One driver connects, perhaps again before its old connection is noticed to be dead."""
+
+GREETING_DEADLINE_S: Final = 10.0
+"""A driver says Hello right after connecting; a silent peer only holds a connection."""
+
+FAREWELL_DEADLINE_S: Final = 1.0
+"""The Goodbye to a guest at fault is a courtesy: it must not hold anything up."""
+
+_UCRED: Final = struct.Struct("3i")
+
+
+class HelloRefused(Exception):
+    """The greeting does not fit this guest; the message says why."""
+
+
+@contextlib.asynccontextmanager
+async def guest_socket(directory: Path) -> AsyncIterator[trio.SocketListener]:
+    """Listen on the private socket in `directory`, which is the guest's alone.
+
+    A socket that an earlier agent left is replaced; at the end it is removed. Mode 0600: a mock
+    VM's driver is root in there.
+    """
+    path = directory / SOCKET_NAME
+    path.unlink(missing_ok=True)
+    listening = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        await listening.bind(str(path))
+        path.chmod(0o600)
+        listening.listen(BACKLOG)
+        yield trio.SocketListener(listening)
+    finally:
+        listening.close()
+        path.unlink(missing_ok=True)
+
+
+def peer_pid(stream: trio.SocketStream) -> int:
+    """Host pid of the process that connected; 0 if it is in no pid namespace below ours."""
+    raw = stream.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    pid, _uid, _gid = _UCRED.unpack(raw)
+    return int(pid)
+
+
+def is_driver_of(guest: Guest, pid: int) -> bool:
+    """Whether the kernel has this process in the guest's driver cgroup."""
+    return pid in guest.live_quota.processes(Part.DRIVER)
+
+
+def open_auditor(guest: Guest, hello: Hello) -> FrameAuditor:
+    """The eyes on the pseudo-process that this Hello names, once it has been found to be there.
+
+    Blocks for a few file reads. Raises HelloRefused if the arena does not fit the guest or no
+    process of its driver cgroup has that pid in its own namespace.
+    """
+    if hello.arena_pages != guest.assigned_pages:
+        raise HelloRefused(
+            f"its arena has {hello.arena_pages} pages, the guest {guest.assigned_pages}"
+        )
+    if hello.frame_order != guest.spec.frame_order:
+        raise HelloRefused(f"its frames have order {hello.frame_order}")
+    quota = guest.live_quota
+    for pid in quota.processes(Part.DRIVER):
+        if _pid_inside(pid) == hello.pseudo_process_pid:
+            return FrameAuditor(
+                pid=pid,
+                arena_address=hello.arena_address,
+                arena_pages=hello.arena_pages,
+                driver_cgroup_inode=quota.driver_inode(),
+            )
+    raise HelloRefused(f"no process of its driver has pid {hello.pseudo_process_pid}")
+
+
+def _pid_inside(pid: int) -> int | None:
+    """The pid that a process has in its innermost namespace; None if it is gone."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    for line in status.splitlines():
+        if line.startswith("NSpid:"):
+            return int(line.split()[-1])
+    return None
+
+
+async def receive_hello(channel: Channel) -> Hello:
+    """The greeting that opens a conversation, or opens it again after a Reset.
+
+    Raises ChannelError when the peer goes or breaks the protocol, HelloRefused when it says
+    nothing for `GREETING_DEADLINE_S`.
+    """
+    message: Message | None = None
+    with trio.move_on_after(GREETING_DEADLINE_S):
+        message = await channel.receive()
+    if not isinstance(message, Hello):
+        raise HelloRefused("it did not say hello")
+    return message
+
+
+async def say_goodbye(channel: Channel, reason: str) -> None:
+    """Tell the guest why its connection ends, if it still listens."""
+    with trio.move_on_after(FAREWELL_DEADLINE_S) as scope:
+        scope.shield = True
+        with contextlib.suppress(ChannelError):
+            await channel.send(Goodbye(one_line(reason)))
+
+
+def new_channel(stream: trio.SocketStream) -> Channel:
+    """The host's end of a conversation on `stream`."""
+    return Channel(stream, Connection(Role.HOST))

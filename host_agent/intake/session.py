@@ -1,0 +1,432 @@
+"""One connection of a guest driver, from its Hello to its end: frames come in, quota goes down.
+
+The session turns what a guest says into changes of the ledger and of the kernel's limits, in the
+one order that is safe:
+
+    Target -> Offer -> make room (the workload's limit falls) -> Reserve -> Report -> verify
+    -> Claim -> Dropped -> check -> the VM's limit falls -> the ledger is credited
+
+It never decides who gets what: the agent does, through `wish` and `give_back`. Reports are
+verified in order by one task in threads, while the guest goes on reserving: that overlap is where
+the speed comes from.
+
+A guest that breaks the protocol, or names frames that are not its own, raises out of `run`; the
+caller closes the connection. Its quota stays what the ledger says.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final, Protocol, TypeVar
+
+import trio
+
+from host_agent.audit.frames import AuditResult
+from host_agent.blocking import DeadlinePassed, Threads, run_blocking
+from host_agent.guest import Guest
+from host_agent.ledger.ledger import Ledger
+from host_agent.quota.errors import LimitRefused, NoRoom, QuotaError
+from protocol.channel import Channel
+from protocol.messages import (
+    Claim,
+    Decline,
+    Dropped,
+    Hello,
+    Message,
+    Offer,
+    Refusal,
+    Rejection,
+    Report,
+    Reserve,
+    Reserved,
+    Reset,
+    Return,
+    Target,
+    Vitals,
+)
+from protocol.page_frames import PageFrames
+from protocol.units import MIB, bytes_of, pages_of
+from protocol.vocabulary import RejectionReason, Urgency
+
+T = TypeVar("T")
+
+PROGRESS_DEADLINE_S: Final = 10.0
+"""A guest that owes an answer, a report or a drop for so long is stuck."""
+
+AUDIT_DEADLINE_S: Final = 10.0
+"""Verifying 1 GiB takes 60 ms; a hundred times as long means that something is wrong."""
+
+ROOM_DEADLINE_S: Final = 10.0
+"""Making room may have to write 100 MiB of dirty cache to a slow disk."""
+
+SMALLEST_ROOM_PAGES: Final = pages_of(1 * MIB)
+"""Below this, halving an offer that found no room is not worth the attempts."""
+
+LIES: Final = frozenset(
+    {
+        RejectionReason.OUT_OF_RANGE,
+        RejectionReason.ALREADY_CLAIMED,
+        RejectionReason.FOREIGN_CGROUP,
+        RejectionReason.SHARED,
+        RejectionReason.NO_ROOM,
+    }
+)
+"""Reasons that no honest driver can cause: the frames are not the guest's to give."""
+
+
+class GuestAtFault(Exception):
+    """The guest lied or got stuck; the message says how. Its connection ends."""
+
+
+class GuestLied(GuestAtFault):
+    """It named frames that are not its own, or kept frames that it said it had dropped."""
+
+
+class GuestStuck(GuestAtFault):
+    """It made no progress towards its target by the deadline."""
+
+
+class Auditor(Protocol):
+    """What the session asks of the audit; see host_agent.audit.frames."""
+
+    def verify(self, frames: PageFrames, frame_order: int) -> AuditResult:
+        """Sort reported frames into good ones and rejected ones."""
+        ...
+
+    def gone(self, frames: PageFrames) -> PageFrames:
+        """Those of `frames` that still have a physical page."""
+        ...
+
+
+class SessionOwner(Protocol):
+    """What the session tells the agent. None of these may block."""
+
+    def credited(self, guest: Guest, pages: int, repaid_pages: int) -> None:
+        """The guest gave `pages`, of which `repaid_pages` went back into the host reserve."""
+        ...
+
+    def vitals_came(self, guest: Guest) -> None:
+        """The guest's vitals are new."""
+        ...
+
+    def inflation_ended(self, guest: Guest, claimed_pages: int) -> None:
+        """An attempt to inflate is over, with `claimed_pages` (0 if refused)."""
+        ...
+
+
+class _Step(Enum):
+    TARGETED = "waits for an offer"
+    MAKING_ROOM = "the host makes room"
+    RESERVING = "the guest reserves"
+
+
+@dataclass(slots=True)
+class _Inflation:
+    """One attempt to inflate, from the target to the last claim."""
+
+    target_id: int
+    wanted_pages: int
+    step: _Step
+    deadline_s: float
+    open_reports: int = 0
+    claimed_pages: int = 0
+    reserved: bool = False
+
+
+class GuestSession:
+    """The running phase of one connection, after Hello and Welcome.
+
+    Make one for each Hello. `run` ends when the guest resets (returns), says goodbye or vanishes
+    (ChannelBroken), breaks the protocol (RemoteProtocolError), or is at fault (GuestAtFault).
+    """
+
+    def __init__(
+        self,
+        guest: Guest,
+        hello: Hello,
+        auditor: Auditor,
+        ledger: Ledger,
+        threads: Threads,
+        owner: SessionOwner,
+        scope: trio.CancelScope,
+    ) -> None:
+        self._scope = scope
+        self._guest = guest
+        self._frame_order = hello.frame_order
+        self._auditor = auditor
+        self._ledger = ledger
+        self._threads = threads
+        self._owner = owner
+        self._inflation: _Inflation | None = None
+        self._next_target_id = 0
+        self._outbox, self._outgoing = trio.open_memory_channel[Message](math.inf)
+        self._jobs, self._work = trio.open_memory_channel[Report | Dropped](math.inf)
+        self._nursery: trio.Nursery | None = None
+
+    # What the agent asks
+
+    @property
+    def inflating(self) -> bool:
+        """Whether an attempt to inflate is under way."""
+        return self._inflation is not None
+
+    def wish(self, balloon_pages: int, urgency: Urgency) -> None:
+        """Ask the guest for a balloon of `balloon_pages`; ignored while it is inflating."""
+        wanted = balloon_pages - self._ledger.view(self._guest.name).claimed.page_count
+        if self._inflation is not None or wanted < (1 << self._frame_order):
+            return
+        self._inflation = _Inflation(
+            target_id=self._next_target_id,
+            wanted_pages=wanted,
+            step=_Step.TARGETED,
+            deadline_s=trio.current_time() + PROGRESS_DEADLINE_S,
+        )
+        self._next_target_id += 1
+        self._send(Target(self._inflation.target_id, balloon_pages, urgency))
+
+    def give_back(self, frames: PageFrames) -> None:
+        """Tell the guest that its quota was raised and these frames are its own again."""
+        self._send(Return(frames))
+
+    def stop_making_room(self) -> None:
+        """The guest is about to get more: room that is only being made is given up.
+
+        The kernel side ends by itself: `make_room` gives up when the limit is raised.
+        """
+        inflation = self._inflation
+        if inflation is not None and inflation.step is _Step.MAKING_ROOM:
+            self._ledger.close_room(self._guest.name)
+
+    def supersede(self) -> None:
+        """Another connection took this one's place: end it."""
+        self._scope.cancel()
+
+    # The conversation
+
+    async def run(self, channel: Channel) -> None:
+        """Converse until the end, as described above."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            nursery.start_soon(self._write, channel)
+            nursery.start_soon(self._audit)
+            nursery.start_soon(self._watch_progress)
+            while True:
+                message = await channel.receive()
+                if isinstance(message, Reset):
+                    break
+                self._take(message)
+            nursery.cancel_scope.cancel()
+
+    def _send(self, message: Message) -> None:
+        self._outbox.send_nowait(message)
+
+    async def _write(self, channel: Channel) -> None:
+        async for message in self._outgoing:
+            await channel.send(message)
+
+    def _take(self, message: Message) -> None:
+        match message:
+            case Vitals():
+                self._guest.vitals = message
+                self._guest.vitals_s = trio.current_time()
+                self._owner.vitals_came(self._guest)
+            case Offer():
+                self._take_offer(message)
+            case Refusal():
+                if self._is_current(message.target_id):
+                    self._note(message.reason.value, message.detail)
+                    self._end_inflation()
+            case Report():
+                if self._is_current(message.target_id) and self._inflation is not None:
+                    self._inflation.open_reports += 1
+                    self._progress()
+                self._jobs.send_nowait(message)
+            case Reserved():
+                if self._is_current(message.target_id) and self._inflation is not None:
+                    if message.reason is not None:
+                        self._note(message.reason.value, message.detail)
+                    self._inflation.reserved = True
+                    self._progress()
+                    self._end_if_settled()
+            case Dropped():
+                self._progress()
+                self._jobs.send_nowait(message)
+
+    def _is_current(self, target_id: int) -> bool:
+        return self._inflation is not None and self._inflation.target_id == target_id
+
+    def _note(self, reason: str, detail: str) -> None:
+        self._guest.last_reason = f"{reason}: {detail}" if detail else reason
+
+    def _progress(self) -> None:
+        if self._inflation is not None:
+            self._inflation.deadline_s = trio.current_time() + PROGRESS_DEADLINE_S
+
+    def _take_offer(self, offer: Offer) -> None:
+        inflation = self._inflation
+        if inflation is None or inflation.target_id != offer.target_id or self._nursery is None:
+            return
+        if offer.reason is None:
+            self._guest.last_reason = None
+        else:
+            self._note(offer.reason.value, offer.detail)
+        inflation.step = _Step.MAKING_ROOM
+        inflation.deadline_s = math.inf  # the host's own deadline runs now
+        pages = min(offer.pages, inflation.wanted_pages)
+        self._nursery.start_soon(self._make_room, inflation, pages)
+
+    # Room
+
+    async def _make_room(self, inflation: _Inflation, pages: int) -> None:
+        """Shrink the workload by `pages`, or by half as often as that finds no room."""
+        pages -= pages % (1 << self._frame_order)
+        while pages >= max(
+            1 << self._frame_order, min(SMALLEST_ROOM_PAGES, inflation.wanted_pages)
+        ):
+            if await self._try_room(pages):
+                inflation.step = _Step.RESERVING
+                self._progress()
+                self._send(Reserve(inflation.target_id, pages, self._frame_order))
+                return
+            pages //= 2
+            pages -= pages % (1 << self._frame_order)
+        self._note("no_room", "the workload's limit could not be lowered")
+        self._send(Decline(inflation.target_id, "the guest needs what it was asked for"))
+        self._end_inflation()
+
+    async def _try_room(self, pages: int) -> bool:
+        name, quota = self._guest.name, self._guest.live_quota
+        if pages > self._ledger.view(name).workload_pages:
+            return False
+        # In the books first: whoever raises the quota meanwhile sees the intended limit and stops
+        # us (`stop_making_room`), so that the kernel and the books can't part.
+        self._ledger.make_room(name, pages)
+        limit = bytes_of(self._ledger.view(name).workload_pages)
+        before = limit + bytes_of(pages)
+        try:
+            await run_blocking(
+                lambda: quota.make_room(limit),
+                timeout_s=ROOM_DEADLINE_S,
+                limiter=self._threads.limit_writes,
+                undo=lambda: quota.raise_workload(before),
+            )
+        except (NoRoom, DeadlinePassed):
+            self._ledger.close_room(name)
+            return False
+        except BaseException:
+            self._ledger.close_room(name)
+            raise
+        # Room that was given up while the write was under way has been undone by a raise.
+        return self._ledger.view(name).room_pages > 0
+
+    # Reports and drops, in order
+
+    async def _audit(self) -> None:
+        async for job in self._work:
+            if isinstance(job, Report):
+                await self._verify(job)
+            else:
+                await self._credit(job)
+
+    async def _verify(self, report: Report) -> None:
+        found = self._ledger.report(self._guest.name, report.frames)
+        rejected = [
+            (found.out_of_range, RejectionReason.OUT_OF_RANGE),
+            (found.already_taken, RejectionReason.ALREADY_CLAIMED),
+            (found.without_room, RejectionReason.NO_ROOM),
+        ]
+        good = PageFrames.empty()
+        if found.fresh:
+            fresh = found.fresh
+            result = await self._in_thread(
+                lambda: self._auditor.verify(fresh, self._frame_order), "verifying frames"
+            )
+            good = result.good
+            rejected += result.rejected
+        rejected = [(frames, reason) for frames, reason in rejected if frames]
+        if rejected:
+            for frames, _ in rejected:
+                self._ledger.drop_report(self._guest.name, frames & found.fresh)
+            self._send(Rejection(report.report_id, tuple(rejected)))
+            shown = ", ".join(f"{len(frames)} {reason.value}" for frames, reason in rejected)
+            if LIES & {reason for _, reason in rejected}:
+                raise GuestLied(f"it reported frames that it can't give: {shown}")
+            self._note("rejected", shown)
+        if good:
+            self._send(Claim(report.report_id, good))
+        elif self._inflation is not None:
+            self._inflation.open_reports -= 1
+            self._end_if_settled()
+
+    async def _credit(self, dropped: Dropped) -> None:
+        frames = dropped.frames
+        kept = await self._in_thread(lambda: self._auditor.gone(frames), "checking dropped frames")
+        if kept:
+            raise GuestLied(f"it kept {len(kept)} frames that it said it had dropped")
+        pages = frames.page_count
+        await self._lower_quota(pages)
+        repaid = self._ledger.claim(self._guest.name, frames)
+        if self._inflation is not None:
+            self._inflation.claimed_pages += pages
+            self._inflation.open_reports -= 1
+        self._owner.credited(self._guest, pages, repaid)
+        self._end_if_settled()
+
+    async def _lower_quota(self, pages: int) -> None:
+        """Lower the VM's limit by `pages` that have left it.
+
+        On the event loop, so that no raise can come between the books and the kernel: nothing is
+        reclaimed, since the pages are gone. Only where the kernel's counters lag does a thread
+        wait for them; a raise that comes meanwhile is put right afterwards.
+        """
+        quota, name = self._guest.live_quota, self._guest.name
+        wanted = bytes_of(self._ledger.view(name).quota_pages - pages)
+        try:
+            quota.lower_quota(wanted, timeout_s=0.0)
+        except LimitRefused:
+            await self._in_thread(lambda: quota.lower_quota(wanted), "lowering the limit")
+            now = bytes_of(self._ledger.view(name).quota_pages - pages)
+            if now > wanted:
+                quota.raise_quota(now, bytes_of(self._ledger.view(name).workload_pages))
+
+    async def _in_thread(self, call: Callable[[], T], what: str) -> T:
+        try:
+            return await run_blocking(
+                call, timeout_s=AUDIT_DEADLINE_S, limiter=self._threads.audits
+            )
+        except DeadlinePassed as error:
+            raise GuestStuck(f"{what}: {error}") from None
+
+    # The end of an attempt
+
+    def _end_if_settled(self) -> None:
+        inflation = self._inflation
+        if inflation is not None and inflation.reserved and inflation.open_reports == 0:
+            self._end_inflation()
+
+    def _end_inflation(self) -> None:
+        inflation, self._inflation = self._inflation, None
+        self.return_room()
+        if inflation is not None:
+            self._owner.inflation_ended(self._guest, inflation.claimed_pages)
+
+    def return_room(self) -> None:
+        """Give room that was made and not used back to the workload."""
+        name = self._guest.name
+        if self._ledger.close_room(name):
+            try:
+                self._guest.live_quota.raise_workload(
+                    bytes_of(self._ledger.view(name).workload_pages)
+                )
+            except QuotaError as error:
+                self._note("quota", str(error))
+
+    async def _watch_progress(self) -> None:
+        while True:
+            await trio.sleep(PROGRESS_DEADLINE_S / 20)
+            inflation = self._inflation
+            if inflation is not None and trio.current_time() > inflation.deadline_s:
+                raise GuestStuck(
+                    f"no progress in {PROGRESS_DEADLINE_S:g} s: {inflation.step.value}"
+                )
