@@ -95,17 +95,19 @@ class VmQuota(ABC):
         """Limits and usage as the kernel has them; about 5 us."""
 
     @abstractmethod
-    def raise_quota(self, quota_bytes: int) -> None:
+    def raise_quota(self, quota_bytes: int, workload_bytes: int | None = None) -> None:
         """Raise the VM's limit to quota + overhead, then the workload's to the quota.
 
-        Never blocks. ValueError if it would lower the VM's limit.
+        `workload_bytes` instead for the workload where room is kept for frames on their way; a W
+        that is higher already stays. Never blocks. ValueError if it would lower the VM's limit,
+        or if W would pass the quota.
         """
 
     @abstractmethod
     def raise_workload(self, limit_bytes: int) -> None:
         """Give back room that was made and not used: W up to `limit_bytes`, at most the quota.
 
-        Never blocks. ValueError if it would lower W or pass the quota.
+        A W that is higher already stays. Never blocks. ValueError if W would pass the quota.
         """
 
     @abstractmethod
@@ -178,6 +180,9 @@ class VmQuota(ABC):
 class QuotaBackend(ABC):
     """All VMs below one root directory."""
 
+    cgroup_version: int
+    """1 or 2: for people and for those who look into the directories themselves."""
+
     def __init__(self, root: Path) -> None:
         self.root = root
 
@@ -210,6 +215,15 @@ def check_limit(limit_bytes: int) -> int:
     if limit_bytes < 0 or limit_bytes % PAGE_BYTES:
         raise ValueError(f"a limit is a whole number of {PAGE_BYTES}-byte pages: {limit_bytes}")
     return limit_bytes
+
+
+def check_within(workload_bytes: int | None, quota_bytes: int) -> int:
+    """W for a quota: the quota itself unless a smaller W is named. Raises ValueError."""
+    if workload_bytes is None:
+        return quota_bytes
+    if check_limit(workload_bytes) > quota_bytes:
+        raise ValueError(f"the workload's limit {workload_bytes} is above quota {quota_bytes}")
+    return workload_bytes
 
 
 def check_name(name: str) -> str:

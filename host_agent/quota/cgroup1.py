@@ -16,6 +16,7 @@ Kernel's Documentation/admin-guide/cgroup-v1/memory.rst, sections 6, 9 and 10.
 import errno
 import os
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Final
@@ -31,6 +32,7 @@ from host_agent.quota.base import (
     VmQuota,
     check_limit,
     check_name,
+    check_within,
 )
 from host_agent.quota.cgroup1_room import LIMIT, USAGE, Cgroup1Room
 from host_agent.quota.cgroup_tree import (
@@ -97,28 +99,28 @@ class Cgroup1Quota(VmQuota):
             driver_usage_bytes=self._driver_usage.read_bytes_count(),
         )
 
-    def raise_quota(self, quota_bytes: int) -> None:
+    def raise_quota(self, quota_bytes: int, workload_bytes: int | None = None) -> None:
         """The VM's limit first, then the workload's: two writes of 1 us."""
         vm_limit_bytes = check_limit(quota_bytes) + self.overhead_bytes
-        with self._guard.raising(quota_bytes):
+        limit_bytes = check_within(workload_bytes, quota_bytes)
+        with self._guard.raising() as raised:
             old_bytes = self._vm_limit.read_bytes_count()
             if vm_limit_bytes < old_bytes:
                 raise ValueError(f"{vm_limit_bytes} would lower {self.name} from {old_bytes}")
             _raise(self._vm_limit, self._vm_memsw, vm_limit_bytes)
-            _raise(self._workload_limit, self._workload_memsw, quota_bytes)
+            self._raise_workload(limit_bytes, raised)
 
     def raise_workload(self, limit_bytes: int) -> None:
         """One write of 1 us."""
         check_limit(limit_bytes)
-        with self._guard.raising(limit_bytes):
-            quota_bytes = self._vm_limit.read_bytes_count() - self.overhead_bytes
-            old_bytes = self._workload_limit.read_bytes_count()
-            if not old_bytes <= limit_bytes <= quota_bytes:
-                raise ValueError(
-                    f"{limit_bytes} is not between W ({old_bytes}) and quota ({quota_bytes}) "
-                    f"of {self.name}"
-                )
-            _raise(self._workload_limit, self._workload_memsw, limit_bytes)
+        with self._guard.raising() as raised:
+            check_within(limit_bytes, self._vm_limit.read_bytes_count() - self.overhead_bytes)
+            self._raise_workload(limit_bytes, raised)
+
+    def _raise_workload(self, limit_bytes: int, raised: Callable[[int], None]) -> None:
+        limit_bytes = max(limit_bytes, self._workload_limit.read_bytes_count())
+        _raise(self._workload_limit, self._workload_memsw, limit_bytes)
+        raised(limit_bytes)
 
     def make_room(self, limit_bytes: int, timeout_s: float = MAKE_ROOM_TIMEOUT_S) -> None:
         """EBUSY from the kernel is NoRoom."""
@@ -233,6 +235,8 @@ class Cgroup1Quota(VmQuota):
 
 class Cgroup1Backend(QuotaBackend):
     """All VMs below one directory of a version 1 memory hierarchy."""
+
+    cgroup_version = 1
 
     def prepare(self) -> None:
         """Make the root directory; its parent must be in a hierarchy that adds up."""

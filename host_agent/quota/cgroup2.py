@@ -21,6 +21,7 @@ Kernel's Documentation/admin-guide/cgroup-v2.rst; mm/memcontrol.c, calculate_hig
 
 import os
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
@@ -35,6 +36,7 @@ from host_agent.quota.base import (
     QuotaReading,
     VmQuota,
     check_limit,
+    check_within,
 )
 from host_agent.quota.cgroup2_room import Cgroup2Room, limit_text, reclaimable_bytes
 from host_agent.quota.cgroup_tree import pids_below, remove_tree, wait_until
@@ -97,31 +99,28 @@ class Cgroup2Quota(VmQuota):
             driver_usage_bytes=self._driver_current.read_bytes_count(),
         )
 
-    def raise_quota(self, quota_bytes: int) -> None:
+    def raise_quota(self, quota_bytes: int, workload_bytes: int | None = None) -> None:
         """The VM's limit, then the workload's, then the soft wall."""
         vm_limit_bytes = check_limit(quota_bytes) + self.overhead_bytes
-        with self._guard.raising(quota_bytes):
+        limit_bytes = check_within(workload_bytes, quota_bytes)
+        with self._guard.raising() as raised:
             old_bytes = self._vm_max.read_bytes_count()
             if vm_limit_bytes < old_bytes:
                 raise ValueError(f"{vm_limit_bytes} would lower {self.name} from {old_bytes}")
             _write_limit(self._vm_max, vm_limit_bytes)
-            self._raise_workload(quota_bytes)
+            self._raise_workload(limit_bytes, raised)
 
     def raise_workload(self, limit_bytes: int) -> None:
         """The workload's limit, then the soft wall."""
         check_limit(limit_bytes)
-        with self._guard.raising(limit_bytes):
-            quota_bytes = self._vm_max.read_bytes_count() - self.overhead_bytes
-            old_bytes = self._workload_max.read_bytes_count()
-            if not old_bytes <= limit_bytes <= quota_bytes:
-                raise ValueError(
-                    f"{limit_bytes} is not between W ({old_bytes}) and quota ({quota_bytes}) "
-                    f"of {self.name}"
-                )
-            self._raise_workload(limit_bytes)
+        with self._guard.raising() as raised:
+            check_within(limit_bytes, self._vm_max.read_bytes_count() - self.overhead_bytes)
+            self._raise_workload(limit_bytes, raised)
 
-    def _raise_workload(self, limit_bytes: int) -> None:
+    def _raise_workload(self, limit_bytes: int, raised: Callable[[int], None]) -> None:
+        limit_bytes = max(limit_bytes, self._workload_max.read_bytes_count())
         _write_limit(self._workload_max, limit_bytes)
+        raised(limit_bytes)
         _write_limit(self._workload_high, self._wall_bytes(limit_bytes))
 
     def _wall_bytes(self, limit_bytes: int) -> int:
@@ -186,7 +185,8 @@ class Cgroup2Quota(VmQuota):
     def rearm(self) -> None:
         """The soft wall again. Kernels before 6.16 may reclaim during the write: use a thread."""
         self._armed = True
-        while True:
+        # A make_room under way has its own wall, lower, and ends with the right one.
+        while not self._guard.is_shrinking:
             limit_bytes = self._workload_max.read_bytes_count()
             _write_limit(self._workload_high, soft_wall_bytes(limit_bytes))
             # A raise from the event loop may have come in between, with a higher wall.

@@ -31,6 +31,8 @@ NEEDED_FILES: Final = ("memory.reclaim", "cgroup.kill")
 class Cgroup2Backend(QuotaBackend):
     """All VMs below one directory of a version 2 hierarchy."""
 
+    cgroup_version = 2
+
     def prepare(self) -> None:
         """Make the root and hand the memory controller down to it, from the mount point on."""
         try:

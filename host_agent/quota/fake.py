@@ -23,6 +23,7 @@ from host_agent.quota.base import (
     VmQuota,
     check_limit,
     check_name,
+    check_within,
 )
 from host_agent.quota.errors import LimitRefused, NoRoom, StillBusy, VmExists, VmGone
 
@@ -111,22 +112,22 @@ class FakeVmQuota(VmQuota):
             driver_usage_bytes=vm.driver_bytes,
         )
 
-    def raise_quota(self, quota_bytes: int) -> None:
+    def raise_quota(self, quota_bytes: int, workload_bytes: int | None = None) -> None:
         """Both limits; a hung allocation goes on."""
         vm = self._ask("raise_quota")
         vm_limit_bytes = check_limit(quota_bytes) + self.overhead_bytes
+        limit_bytes = check_within(workload_bytes, quota_bytes)
         if vm_limit_bytes < vm.vm_limit_bytes:
             raise ValueError(f"{vm_limit_bytes} would lower {self.name}")
-        vm.vm_limit_bytes, vm.workload_limit_bytes = vm_limit_bytes, quota_bytes
+        vm.vm_limit_bytes = vm_limit_bytes
+        vm.workload_limit_bytes = max(limit_bytes, vm.workload_limit_bytes)
         vm.settle()
 
     def raise_workload(self, limit_bytes: int) -> None:
         """W alone; a hung allocation goes on."""
         vm = self._ask("raise_workload")
-        quota_bytes = vm.vm_limit_bytes - self.overhead_bytes
-        if not vm.workload_limit_bytes <= check_limit(limit_bytes) <= quota_bytes:
-            raise ValueError(f"{limit_bytes} is not between W and quota of {self.name}")
-        vm.workload_limit_bytes = limit_bytes
+        check_within(check_limit(limit_bytes), vm.vm_limit_bytes - self.overhead_bytes)
+        vm.workload_limit_bytes = max(limit_bytes, vm.workload_limit_bytes)
         vm.settle()
 
     def make_room(self, limit_bytes: int, timeout_s: float = MAKE_ROOM_TIMEOUT_S) -> None:
@@ -230,6 +231,8 @@ class FakeVmQuota(VmQuota):
 
 class FakeBackend(QuotaBackend):
     """All VMs of the model; they outlive the objects that an "agent" opens on them."""
+
+    cgroup_version = 1
 
     def __init__(self, root: Path = FAKE_ROOT) -> None:
         super().__init__(root)

@@ -32,13 +32,21 @@ class RaiseGuard:
         self._raised_to_bytes = 0
         self._closing = False
 
+    @property
+    def is_shrinking(self) -> bool:
+        """A shrink runs now."""
+        return self._shrinking.locked()
+
     @contextmanager
-    def raising(self, limit_bytes: int) -> Iterator[None]:
-        """Around the writes of a raise to `limit_bytes`; held for microseconds."""
-        with self._lock:
-            yield
+    def raising(self) -> Iterator[Callable[[int], None]]:
+        """Around the writes of a raise, for microseconds; call what it gives with the new limit."""
+
+        def raised(limit_bytes: int) -> None:
             self._raises += 1
             self._raised_to_bytes = limit_bytes
+
+        with self._lock:
+            yield raised
 
     @contextmanager
     def shrinking(

@@ -55,6 +55,18 @@ def test_raising_the_quota_raises_both(rig: Rig) -> None:
     assert quota.read().workload_limit_bytes == 128 * MIB
 
 
+def test_a_raise_may_leave_room_for_frames_on_their_way(rig: Rig) -> None:
+    quota = rig.create(quota_mib=96, overhead_mib=24)
+    quota.make_room(64 * MIB)
+    quota.raise_quota(128 * MIB, workload_bytes=80 * MIB)
+    assert quota.read().vm_limit_bytes == 152 * MIB
+    assert workload_limit_mib(quota) == 80
+    quota.raise_quota(128 * MIB, workload_bytes=72 * MIB)
+    assert workload_limit_mib(quota) == 80
+    with pytest.raises(ValueError, match="above quota"):
+        quota.raise_quota(128 * MIB, workload_bytes=129 * MIB)
+
+
 def test_a_raise_never_lowers(rig: Rig) -> None:
     quota = rig.create(quota_mib=96)
     with pytest.raises(ValueError, match="lower"):
@@ -67,9 +79,10 @@ def test_room_not_used_is_given_back(rig: Rig) -> None:
     quota.make_room(64 * MIB)
     quota.raise_workload(80 * MIB)
     assert workload_limit_mib(quota) == 80
-    for wrong_mib in (79, 97):
-        with pytest.raises(ValueError, match="vm1"):
-            quota.raise_workload(wrong_mib * MIB)
+    quota.raise_workload(72 * MIB)
+    assert workload_limit_mib(quota) == 80  # a raise never lowers
+    with pytest.raises(ValueError, match="above quota"):
+        quota.raise_workload(97 * MIB)
     quota.raise_quota(96 * MIB)
     assert workload_limit_mib(quota) == 96
 
