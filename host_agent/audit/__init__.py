@@ -1,7 +1,7 @@
 """Reported frames seen through the kernel's own eyes.
 
 frames         FrameAuditor: which reported frames may be claimed, and which are still there
-page_bits      the kernel's bit numbers, and what a good frame's bits are
+page_bits      the kernel's bits for pages
 process_pages  one process's pages: /proc/PID/pagemap and the PAGEMAP_SCAN ioctl
 kernel_pages   physical pages: /proc/kpageflags and /proc/kpagecgroup
 errors         what can go wrong

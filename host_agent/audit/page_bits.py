@@ -1,4 +1,4 @@
-"""The kernel's bit numbers for pages, and which of them a frame must show.
+"""The kernel's bits for pages.
 
 Sources: Documentation/admin-guide/mm/pagemap.rst, include/uapi/linux/kernel-page-flags.h.
 """
@@ -16,11 +16,6 @@ PAGEMAP_FILE_OR_SHARED: Final = np.uint64(1 << 61)
 PAGEMAP_SWAPPED: Final = np.uint64(1 << 62)
 PAGEMAP_PRESENT: Final = np.uint64(1 << 63)
 
-PAGEMAP_MASK: Final = (
-    PAGEMAP_PRESENT | PAGEMAP_SWAPPED | PAGEMAP_FILE_OR_SHARED | PAGEMAP_EXCLUSIVE
-)
-PAGEMAP_GOOD: Final = PAGEMAP_PRESENT | PAGEMAP_EXCLUSIVE
-
 # /proc/kpageflags: one u64 for each physical page
 KPF_ANON: Final = np.uint64(1 << 12)
 KPF_COMPOUND_HEAD: Final = np.uint64(1 << 15)
@@ -34,10 +29,3 @@ MLOCKED was late for 0 of 11,900 pages; UNEVICTABLE for 0 of 5,950 populated by
 MADV_POPULATE_WRITE, which drains, but for 3,476 of 5,950 that were merely touched."""
 
 KPF_COMPOUND: Final = KPF_COMPOUND_HEAD | KPF_COMPOUND_TAIL
-
-BASE_FRAME_MASK: Final = KPF_ANON | KPF_MLOCKED | KPF_COMPOUND | KPF_KSM
-BASE_FRAME_GOOD: Final = KPF_ANON | KPF_MLOCKED
-"""A base page that is part of a larger folio is refused: dropping it alone frees nothing."""
-
-HUGE_HEAD_MASK: Final = KPF_ANON | KPF_MLOCKED | KPF_THP | KPF_COMPOUND | KPF_KSM
-HUGE_HEAD_GOOD: Final = KPF_ANON | KPF_MLOCKED | KPF_THP | KPF_COMPOUND_HEAD

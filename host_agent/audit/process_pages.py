@@ -10,10 +10,10 @@ import errno
 import fcntl
 import os
 import select
-from collections.abc import Iterator
 from typing import Final, Self
 
 import numpy as np
+import numpy.typing as npt
 
 from host_agent.audit.errors import FramesHidden, ProcessGone
 from host_agent.audit.kernel_pages import ENTRY_BYTES, U64Array
@@ -90,22 +90,22 @@ class ProcessPages:
         poll.register(self._pidfd, select.POLLIN)
         return not poll.poll(0)
 
-    def entries(self, address: int, counts: list[int], starts: list[int]) -> U64Array:
+    def entries(self, address: int, starts: list[int], counts: list[int]) -> U64Array:
         """pagemap's entries of ranges of pages (`starts` relative to `address`), one after another.
 
         Pages that are not mapped have entry 0. Raises ProcessGone.
         """
         entries = np.empty(sum(counts), np.uint64)
-        view = memoryview(entries.view(np.uint8))
+        if not entries.size:
+            return entries
+        view = entries.data.cast("B")
         base = address // PAGE_BYTES
         done = 0
         for start, count in zip(starts, counts, strict=True):
             size_bytes = count * ENTRY_BYTES
             offset = (base + start) * ENTRY_BYTES
             while size_bytes:
-                got_bytes = os.preadv(
-                    self._pagemap_fd, [view[done : done + size_bytes]], offset
-                )
+                got_bytes = os.preadv(self._pagemap_fd, [view[done : done + size_bytes]], offset)
                 if not got_bytes:
                     break
                 done, offset, size_bytes = (
@@ -115,18 +115,20 @@ class ProcessPages:
                 )
             if size_bytes:
                 # Past the end of the address space, or there is no address space any more.
-                if not self._has_memory():
+                if not self.has_memory():
                     raise ProcessGone(self.pid)
                 view[done : done + size_bytes] = bytes(size_bytes)
                 done += size_bytes
         return entries
 
-    def scan_present(self, start_address: int, stop_address: int) -> Iterator[tuple[int, int]]:
-        """Regions (start, stop addresses) of pages that are present or swapped, ascending.
+    def scan_present(self, start_address: int, stop_address: int) -> npt.NDArray[np.int64]:
+        """Regions of pages that are present or swapped, ascending: (start, stop addresses) each.
 
-        Raises ProcessGone, or OSError (ENOTTY) on a kernel before 6.7.
+        Shape (regions, 2). Raises OSError (ENOTTY) on a kernel before 6.7. An address space that is
+        gone has no regions: ask `has_memory`.
         """
         regions = np.empty((SCAN_REGIONS, 3), np.uint64)
+        found: list[npt.NDArray[np.int64]] = [np.empty((0, 2), np.int64)]
         walked = start_address
         while walked < stop_address:
             argument = _ScanArg(
@@ -138,14 +140,16 @@ class ProcessPages:
                 category_anyof_mask=PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
                 return_mask=PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
             )
-            try:
-                found = fcntl.ioctl(self._pagemap_fd, PAGEMAP_SCAN, argument)
-            except ProcessLookupError:
-                raise ProcessGone(self.pid) from None
-            yield from ((int(row[0]), int(row[1])) for row in regions[:found])
-            walked = int(argument.walk_end)
+            filled = fcntl.ioctl(self._pagemap_fd, PAGEMAP_SCAN, argument)
+            found.append(regions[:filled, :2].astype(np.int64))
+            walked = argument.walk_end
+            if filled:
+                # Measured on 6.18: when the last region exactly fills the array, walk_end stands
+                # before regions that have been told already.
+                walked = max(walked, int(regions[filled - 1, 1]))
+        return np.concatenate(found)
 
-    def _has_memory(self) -> bool:
+    def has_memory(self) -> bool:
         """Whether the address space that was opened is still in use.
 
         Page 0 of it can always be asked for, mapped or not: no bytes mean that it is gone.
