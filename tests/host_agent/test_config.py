@@ -1,0 +1,217 @@
+"""The configuration: defaults, refusals by name, and no rule that a file gets around."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from host_agent.config import Config, default_pool, load_config, parse_config
+from host_agent.errors import ConfigError
+from host_agent.facade.port import MIN_ASSIGNED_BYTES
+from protocol.units import GIB, MIB, PAGE_BYTES
+
+HOST = '[host]\npool = "1200MiB"\n'
+
+
+def parsed(text: str) -> Config:
+    return parse_config(text, "balloon.toml")
+
+
+def vm(*lines: str, name: str = "web1", memory: str = '"160MiB"') -> str:
+    return "\n".join(["[[vm]]", f'name = "{name}"', f"memory = {memory}", *lines, ""])
+
+
+def test_defaults() -> None:
+    config = parsed(HOST + vm())
+    assert config.host.pool_bytes == 1200 * MIB
+    assert config.host.reserve_bytes == 60 * MIB
+    assert config.host.policy == "shares"
+    assert config.host.control_socket == Path("/run/memballoon/control.sock")
+    assert config.host.state_dir == Path("/var/lib/memballoon")
+    assert config.host.cgroup_root == "memballoon"
+    assert config.host.on_exit == "stop"
+    assert (config.host.dry_patience_s, config.host.interval_s) == (10.0, 0.25)
+    (web1,) = config.vms
+    assert web1.assigned_bytes == web1.startup_bytes == 160 * MIB
+    assert web1.reservation_bytes == 40 * MIB
+    assert (web1.shares, web1.command, web1.frame_order) == (1000, (), 0)
+
+
+def test_everything_said() -> None:
+    config = parsed(
+        '[host]\npool = "1GiB"\nreserve = "10MiB"\npolicy = "even"\nrun_dir = "/r"\n'
+        'state_dir = "/s"\ncgroup_root = "lab"\non_exit = "keep"\ndry_patience_s = 3\n'
+        "interval_s = 0.5\n"
+        + vm(
+            'reservation = "0"',
+            "shares = 7",
+            'startup = "32MiB"',
+            'command = ["sleep", "1"]',
+            'frames = "2MiB"',
+            memory="67108864",
+        )
+    )
+    assert config.host.reserve_bytes == 10 * MIB
+    assert config.host.run_dir == Path("/r")
+    assert config.host.on_exit == "keep"
+    assert config.vms[0].model_dump() == {
+        "name": "web1",
+        "assigned_bytes": 64 * MIB,
+        "reservation_bytes": 0,
+        "shares": 7,
+        "startup_bytes": 32 * MIB,
+        "frames": "2MiB",
+        "command": ("sleep", "1"),
+    }
+    assert config.vms[0].frame_order == 9
+
+
+def test_a_pool_that_is_not_named_is_what_the_caller_says() -> None:
+    assert parse_config("", "x", default_pool_bytes=GIB).host.pool_bytes == GIB
+    assert parse_config(HOST, "x", default_pool_bytes=GIB).host.pool_bytes == 1200 * MIB
+
+
+REFUSALS = [
+    ("", "[host]: 'pool' is missing"),
+    ("pool", "not TOML: "),
+    ("host = 3", "[host]: this must be a table"),
+    ("[hosts]\n" + HOST, "unknown key 'hosts' (did you mean 'host'?)"),
+    (HOST + "pol = 1", "[host]: unknown key 'pol' (did you mean 'pool'?)"),
+    (HOST + "pool_bytes = 1", "[host]: unknown key 'pool_bytes'"),
+    ('[host]\npool = "many"', "[host]: pool: 'many' is not a size"),
+    ("[host]\npool = nan", "[host]: pool: nan is not a size"),
+    ("[host]\npool = -5", "[host]: pool: '-5' is negative"),
+    ("[host]\npool = 1200", "[host]: pool: this must be 8MiB or more"),
+    (HOST + 'reserve = "2GiB"', "[host]: the reserve of 2GiB leaves nothing of the pool"),
+    (HOST + 'on_exit = "die"', "[host]: on_exit: input should be 'stop' or 'keep'"),
+    (HOST + "interval_s = 0", "[host]: interval_s: "),
+    (HOST + "interval_s = nan", "[host]: interval_s: "),
+    (HOST + 'run_dir = "here"', "[host]: run_dir: 'here' is not an absolute path"),
+    (HOST + 'cgroup_root = "../x"', "[host]: cgroup_root: '../x' is not the name of one directory"),
+    (HOST + '[vm]\nname = "web1"', "vm: this must be a list"),
+    ("vm = [3]\n" + HOST, "vm number 1: this must be a table"),
+    (HOST + '[[vm]]\nmemory = "1GiB"', "vm number 1: 'name' is missing"),
+    (HOST + '[[vm]]\nname = "web1"', "vm 'web1': 'memory' is missing"),
+    (
+        HOST + '[[vm]]\nname = "web1"\nmemroy = "1GiB"',
+        "vm 'web1': unknown key 'memroy' (did you mean 'memory'?)",
+    ),
+    (HOST + vm("assigned_bytes = 1"), "vm 'web1': unknown key 'assigned_bytes'"),
+    (HOST + vm() + vm(), "vm 'web1' is there twice"),
+    (HOST + vm(name="Web_1"), "vm 'Web_1': name: 'Web_1' is not a name: lower-case"),
+    (HOST + vm(name="-a"), "vm '-a': name: "),
+    (HOST + vm(name="a" * 33), "is not a name"),
+    (HOST + vm(name="a\\n"), "is not a name"),
+    (HOST + vm(memory='"160Mbit"'), "vm 'web1': memory: '160Mbit' is not a size"),
+    (HOST + vm(memory="160"), "vm 'web1': memory: this must be 8MiB or more"),
+    (HOST + vm(memory="1.5"), "vm 'web1': memory: 1.5 is not a size"),
+    (
+        HOST + vm('reservation = "161MiB"'),
+        "vm 'web1': the reservation of 161MiB is above the assigned 160MiB",
+    ),
+    (HOST + vm('startup = "161MiB"'), "vm 'web1': the startup quota of 161MiB is not between"),
+    (HOST + vm('startup = "39MiB"'), "vm 'web1': the startup quota of 39MiB is not between"),
+    (HOST + vm("shares = 0"), "vm 'web1': shares: "),
+    (HOST + vm("shares = true"), "vm 'web1': shares: this must be a whole number"),
+    (HOST + vm('shares = "1"'), "vm 'web1': shares: this must be a whole number"),
+    (HOST + vm('command = "ls -l"'), "vm 'web1': command: this must be a list"),
+    (HOST + vm('command = ["ls", 3]'), "vm 'web1': command.1: this must be a string"),
+    (HOST + vm('command = ["a\\u0000b"]'), "vm 'web1': command.0: an argument holds a NUL"),
+    (HOST + vm('frames = "1GiB"'), "vm 'web1': frames: "),
+    (
+        HOST + vm('reservation = "1141MiB"', memory='"2GiB"'),
+        "the reservations (1141MiB) and the host reserve (60MiB) exceed the pool of 1200MiB",
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "said"), REFUSALS, ids=[said for _, said in REFUSALS])
+def test_refusals_name_the_place_and_the_key(text: str, said: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        parsed(text)
+    message = refusal.value.message
+    assert message.startswith("balloon.toml: ")
+    assert said in message
+    assert len(message.splitlines()) == 1
+    assert refusal.value.exit_code == 2
+
+
+def test_reservations_that_just_fit() -> None:
+    assert parsed(HOST + vm('reservation = "1140MiB"', memory='"2GiB"')).vms
+
+
+def test_it_is_frozen() -> None:
+    config = parsed(HOST + vm())
+    with pytest.raises(ValueError, match="frozen"):
+        config.vms[0].shares = 3  # type: ignore[misc]
+
+
+@given(
+    pool_bytes=st.integers(MIN_ASSIGNED_BYTES, 64 * GIB),
+    reserve_bytes=st.none() | st.integers(0, 8 * GIB),
+    vms=st.lists(
+        st.tuples(
+            st.integers(0, 8 * GIB),
+            st.none() | st.integers(0, 8 * GIB),
+            st.none() | st.integers(0, 8 * GIB),
+        ),
+        max_size=4,
+    ),
+)
+def test_what_is_accepted_keeps_every_promise(
+    pool_bytes: int,
+    reserve_bytes: int | None,
+    vms: list[tuple[int, int | None, int | None]],
+) -> None:
+    text = f"[host]\npool = {pool_bytes}\n"
+    text += "" if reserve_bytes is None else f"reserve = {reserve_bytes}\n"
+    for number, (memory, reservation, startup) in enumerate(vms):
+        lines = [] if reservation is None else [f"reservation = {reservation}"]
+        lines += [] if startup is None else [f"startup = {startup}"]
+        text += vm(*lines, name=f"vm{number}", memory=str(memory))
+    try:
+        config = parsed(text)
+    except ConfigError as refusal:
+        assert len(refusal.message.splitlines()) == 1  # noqa: PT017
+        return
+    host = config.host
+    sizes = [host.pool_bytes, host.reserve_bytes]
+    for spec in config.vms:
+        assert 0 <= spec.reservation_bytes <= spec.startup_bytes <= spec.assigned_bytes
+        assert spec.assigned_bytes >= MIN_ASSIGNED_BYTES
+        sizes += [spec.reservation_bytes, spec.startup_bytes, spec.assigned_bytes]
+    promised_bytes = sum(spec.reservation_bytes for spec in config.vms) + host.reserve_bytes
+    assert promised_bytes <= host.pool_bytes <= pool_bytes
+    assert all(size % PAGE_BYTES == 0 for size in sizes)
+    assert host.reserve_bytes < host.pool_bytes
+
+
+@given(st.text(max_size=60))
+def test_any_text_is_a_config_or_a_one_line_refusal(text: str) -> None:
+    try:
+        parse_config(text, "x", default_pool_bytes=GIB)
+    except ConfigError as refusal:
+        assert len(refusal.message.splitlines()) == 1  # noqa: PT017
+
+
+def test_default_pool() -> None:
+    assert default_pool("MemTotal: 9 kB\nMemAvailable:    4194305 kB\n") == 3 * GIB
+    assert default_pool("MemTotal: 9 kB\n") is None
+
+
+def test_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "balloon.toml"
+    path.write_text(HOST, encoding="utf-8")
+    assert load_config(path).host.pool_bytes == 1200 * MIB
+    assert load_config(None).host.pool_bytes % MIB == 0
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.toml: No such file"):
+        load_config(tmp_path / "none.toml")
+    with pytest.raises(ConfigError, match="Is a directory"):
+        load_config(tmp_path)
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="not a text file in UTF-8"):
+        load_config(tmp_path / "binary")
