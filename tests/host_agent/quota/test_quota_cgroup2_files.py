@@ -1,0 +1,310 @@
+"""Version 2 on plain files: which files are written, in which order, and what is read from them.
+
+No kernel is behind these files, so nothing here says what the kernel does; the contract does that
+on a machine with a version 2 memory controller.
+"""
+
+import errno
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from quota_rigs import DEADLINE_S, readable, wait_for
+
+from host_agent.quota.base import Part
+from host_agent.quota.cgroup2 import Cgroup2Quota, soft_wall_bytes
+from host_agent.quota.cgroup2_backend import hand_down_memory
+from host_agent.quota.control_file import ControlFile
+from host_agent.quota.errors import LimitRefused, NoRoom, QuotaUnavailable
+from protocol.units import MIB, PAGE_BYTES
+
+WORKLOAD_FILES = {
+    "memory.max": 96 * MIB,
+    "memory.high": "max",
+    "memory.current": 64 * MIB,
+    "memory.reclaim": "",
+    "memory.stat": f"anon {16 * MIB}\ninactive_file {40 * MIB}\nactive_file {8 * MIB}\n",
+    "memory.events": "low 0\nhigh 0\nmax 0\noom 0\noom_kill 0\n",
+    "memory.swap.max": "max",
+    "memory.swap.current": 3 * MIB,
+    "cgroup.freeze": "0",
+    "cgroup.events": "populated 1\nfrozen 0\n",
+}
+VM_FILES = {
+    "memory.max": 120 * MIB,
+    "memory.current": 70 * MIB,
+    "memory.events": "oom 3\noom_kill 2\n",
+    "cgroup.kill": "",
+    "cgroup.events": "populated 0\nfrozen 0\n",
+}
+
+
+class Kernel:
+    """Plain files, a journal of writes, and what a pretended kernel does after some of them."""
+
+    def __init__(self, root: Path) -> None:
+        self.vm = root / "vm1"
+        self.workload = self.vm / "workload"
+        self.journal: list[tuple[str, str]] = []
+        self.after: dict[str, Callable[[str], None]] = {
+            "cgroup.freeze": lambda value: self.put(
+                "cgroup.events", f"populated 1\nfrozen {value}"
+            ),
+            "memory.reclaim": self.reclaim,
+        }
+        for directory, files in (
+            (self.vm, VM_FILES),
+            (self.workload, WORKLOAD_FILES),
+            (self.vm / "driver", {"memory.current": 4 * MIB}),
+        ):
+            directory.mkdir()
+            for name, value in files.items():
+                (directory / name).write_text(f"{value}\n")
+
+    def put(self, name: str, value: int | str) -> None:
+        """Into one of the workload's files, with no trace in the journal."""
+        (self.workload / name).write_text(f"{value}\n")
+
+    def current(self) -> int:
+        return int((self.workload / "memory.current").read_text())
+
+    def freeze(self, value: str) -> None:
+        self.put("cgroup.events", f"populated 1\nfrozen {value}")
+
+    def reclaim(self, value: str) -> None:
+        self.put("memory.current", self.current() - int(value))
+
+    def refuse(self, value: str) -> None:
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    def open_file(self, path: Path, *, writable: bool = False, waits: bool = True) -> ControlFile:
+        kernel = self
+
+        class Journalled(ControlFile):
+            def write(self, value: int | str) -> None:
+                where = str(self.path.relative_to(kernel.vm))
+                kernel.journal.append((where, str(value)))
+                super().write(value)
+                if self.path.parent == kernel.workload and self.path.name in kernel.after:
+                    kernel.after[self.path.name](str(value))
+
+        return Journalled(path, writable=writable, waits=waits)
+
+    def quota(self) -> Cgroup2Quota:
+        quota = Cgroup2Quota(self.vm, 24 * MIB, self.open_file)
+        quota._room._settle_s = 0.001
+        return quota
+
+    def written(self, name: str) -> list[str]:
+        return [value for where, value in self.journal if where == f"workload/{name}"]
+
+
+@pytest.fixture
+def kernel(tmp_path: Path) -> Kernel:
+    return Kernel(tmp_path)
+
+
+def test_reading(kernel: Kernel) -> None:
+    reading = kernel.quota().read()
+    assert reading.vm_limit_bytes == 120 * MIB
+    assert reading.workload_limit_bytes == 96 * MIB
+    assert reading.workload_usage_bytes == 64 * MIB
+    assert reading.driver_usage_bytes == 4 * MIB
+    assert kernel.quota().oom_kills_total == 2
+
+
+def test_a_raise_begins_with_the_vm(kernel: Kernel) -> None:
+    kernel.quota().raise_quota(128 * MIB)
+    assert kernel.journal == [
+        ("memory.max", str(152 * MIB)),
+        ("workload/memory.max", str(128 * MIB)),
+        ("workload/memory.high", "max"),
+    ]
+
+
+def test_a_raise_moves_the_soft_wall_of_an_armed_guest(kernel: Kernel) -> None:
+    quota = kernel.quota()
+    quota.arm_dry_events()
+    assert kernel.written("memory.high") == [str(92 * MIB)]
+    quota.raise_quota(128 * MIB)
+    assert kernel.written("memory.high")[1:] == [str(124 * MIB)]
+    quota.let_kernel_decide()
+    assert kernel.written("memory.high")[2:] == ["max"]
+    quota.close()
+
+
+@pytest.mark.parametrize(
+    ("limit_mib", "wall_mib"), [(0, 0), (8, 6), (64, 60), (128, 124), (1024, 992)]
+)
+def test_the_soft_wall(limit_mib: int, wall_mib: int) -> None:
+    assert soft_wall_bytes(limit_mib * MIB) == wall_mib * MIB
+    assert soft_wall_bytes(limit_mib * MIB + PAGE_BYTES) % PAGE_BYTES == 0
+
+
+def test_the_safe_shrink_in_its_order(kernel: Kernel) -> None:
+    kernel.quota().make_room(58 * MIB)
+    workload = [(where.removeprefix("workload/"), value) for where, value in kernel.journal]
+    assert workload == [
+        ("memory.swap.max", str(3 * MIB)),
+        ("memory.high", str(58 * MIB)),
+        ("memory.reclaim", str(4 * MIB)),
+        ("memory.reclaim", str(2 * MIB)),
+        ("cgroup.freeze", "1"),
+        ("memory.max", str(58 * MIB)),
+        ("cgroup.freeze", "0"),
+        ("memory.swap.max", "max"),
+        ("memory.high", "max"),
+    ]
+
+
+def test_an_armed_guest_has_to_fit_below_its_soft_wall(kernel: Kernel) -> None:
+    quota = kernel.quota()
+    quota.arm_dry_events()
+    quota.make_room(58 * MIB)
+    assert kernel.current() == 54 * MIB
+    assert kernel.written("memory.high")[-1] == str(54 * MIB)
+    assert kernel.written("memory.max") == [str(58 * MIB)]
+    quota.close()
+
+
+def assert_put_back(kernel: Kernel) -> None:
+    assert kernel.written("memory.high")[-1] == "max"
+    assert int(kernel.written("memory.max")[-1]) == 96 * MIB
+    assert set(kernel.written("memory.max")) == {str(96 * MIB)}
+    assert kernel.written("memory.swap.max")[-1:] in ([], ["max"])
+    assert kernel.written("cgroup.freeze")[-1:] in ([], ["0"])
+
+
+def test_no_before_anything_is_evicted(kernel: Kernel) -> None:
+    with pytest.raises(NoRoom, match="cannot be reclaimed"):
+        kernel.quota().make_room(8 * MIB)
+    assert kernel.written("memory.reclaim") == []
+    assert_put_back(kernel)
+
+
+def test_no_after_twenty_refusals(kernel: Kernel) -> None:
+    kernel.after["memory.reclaim"] = kernel.refuse
+    with pytest.raises(NoRoom, match="too many"):
+        kernel.quota().make_room(32 * MIB)
+    assert len(kernel.written("memory.reclaim")) == 20
+    assert kernel.written("cgroup.freeze") == []
+    assert_put_back(kernel)
+
+
+def test_no_for_a_workload_that_keeps_touching_the_wall(kernel: Kernel) -> None:
+    quota = kernel.quota()
+    events = iter(range(1, 100))
+
+    def high_events() -> int:
+        return next(events)
+
+    quota._room._high_events = high_events  # type: ignore[method-assign]
+    with pytest.raises(NoRoom, match="growing"):
+        quota.make_room(32 * MIB)
+    assert kernel.written("cgroup.freeze") == []
+    assert_put_back(kernel)
+
+
+def test_no_if_it_has_grown_when_it_is_frozen(kernel: Kernel) -> None:
+    def freeze(value: str) -> None:
+        kernel.freeze(value)
+        kernel.put("memory.current", 33 * MIB)
+
+    kernel.after["cgroup.freeze"] = freeze
+    with pytest.raises(NoRoom, match="grew"):
+        kernel.quota().make_room(32 * MIB)
+    assert_put_back(kernel)
+
+
+def test_no_if_it_cannot_be_frozen(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("host_agent.quota.cgroup2_room.FREEZE_TIMEOUT_S", 0.02)
+    kernel.after["cgroup.freeze"] = lambda _: None
+    with pytest.raises(NoRoom, match="frozen"):
+        kernel.quota().make_room(32 * MIB)
+    assert_put_back(kernel)
+
+
+def test_a_raise_wins_over_a_shrink(kernel: Kernel) -> None:
+    quota = kernel.quota()
+
+    def freeze(value: str) -> None:
+        kernel.freeze(value)
+        if value == "1":
+            thread = threading.Thread(target=lambda: quota.raise_quota(112 * MIB))
+            thread.start()
+            thread.join(timeout=10)
+
+    kernel.after["cgroup.freeze"] = freeze
+    with pytest.raises(NoRoom, match="given memory"):
+        quota.make_room(32 * MIB)
+    assert kernel.written("memory.max") == [str(112 * MIB)] * 2
+    assert kernel.written("memory.high")[-1] == "max"
+    assert kernel.written("cgroup.freeze") == ["1", "0"]
+
+
+def test_the_vms_limit_is_lowered_only_if_nobody_can_be_killed_by_it(kernel: Kernel) -> None:
+    quota = kernel.quota()
+    with pytest.raises(LimitRefused, match="make room"):
+        quota.lower_quota(64 * MIB)
+    quota.make_room(60 * MIB)
+    kernel.journal.clear()
+    # 60 for the workload and 25 beside it do not fit under 60 + 24, whatever is used now.
+    (kernel.vm / "memory.current").write_text(str(kernel.current() + 25 * MIB))
+    with pytest.raises(LimitRefused, match="driver"):
+        quota.lower_quota(60 * MIB, timeout_s=0.02)
+    assert kernel.journal == []
+    (kernel.vm / "memory.current").write_text(str(kernel.current() + 24 * MIB))
+    quota.lower_quota(60 * MIB)
+    assert kernel.journal == [("memory.max", str(84 * MIB))]
+
+
+@pytest.mark.parametrize(
+    ("current_mib", "file_mib", "dry"),
+    [
+        (92, 1, True),  # at the wall with nothing to reclaim
+        (91, 0, False),  # below the wall
+        (94, 40, False),  # streams through its cache
+    ],
+)
+def test_what_is_dry(kernel: Kernel, current_mib: int, file_mib: int, dry: bool) -> None:
+    quota = kernel.quota()
+    event = quota.arm_dry_events()
+    assert not readable(event)
+    kernel.put("memory.current", current_mib * MIB)
+    kernel.put("memory.stat", f"inactive_file {file_mib * MIB}\nactive_file 0")
+    kernel.put("memory.events", "high 1\nmax 0")
+    assert readable(event, DEADLINE_S)
+    state = quota.dry_state()
+    assert (state.under_oom, state.kills_total) == (dry, 2)
+    assert not readable(event)
+    quota.let_kernel_decide()
+    assert not quota.dry_state().under_oom
+    quota.close()
+
+
+def test_kill_all_uses_the_kernels_own_way(kernel: Kernel) -> None:
+    quota = kernel.quota()
+    (kernel.vm / "cgroup.events").write_text("populated 1\n")
+    thread = threading.Thread(target=quota.kill_all)
+    thread.start()
+    wait_for(lambda: ("cgroup.kill", "1") in kernel.journal, "cgroup.kill is written")
+    (kernel.vm / "cgroup.events").write_text("populated 0\n")
+    thread.join(timeout=10)
+    assert not thread.is_alive()
+    assert quota.processes(Part.WORKLOAD) == ()
+
+
+def test_handing_the_controller_down(tmp_path: Path) -> None:
+    (tmp_path / "cgroup.controllers").write_text("cpu memory\n")
+    (tmp_path / "cgroup.subtree_control").write_text("cpu\n")
+    hand_down_memory(tmp_path)
+    assert (tmp_path / "cgroup.subtree_control").read_text() == "+memory\n"
+    (tmp_path / "cgroup.subtree_control").write_text("cpu memory\n")
+    hand_down_memory(tmp_path)
+    assert (tmp_path / "cgroup.subtree_control").read_text() == "cpu memory\n"
+    (tmp_path / "cgroup.subtree_control").write_text("\n")
+    (tmp_path / "cgroup.controllers").write_text("cpu\n")
+    with pytest.raises(QuotaUnavailable, match="Delegate=memory"):
+        hand_down_memory(tmp_path)

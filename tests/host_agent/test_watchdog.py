@@ -1,0 +1,428 @@
+"""The watchdog with real hung guests: whatever happens to the agent, nobody stays hung."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+import trio
+
+from host_agent.quota.base import VmQuota
+from host_agent.quota.cgroup1 import Cgroup1Backend
+from host_agent.quota.cgroup_tree import kill_below, remove_tree, subtree
+from host_agent.quota.detect import MOUNTINFO, memory_mounts
+from host_agent.watchdog_client import WATCHDOG_FILE, Watchdog, WatchdogLost
+from protocol.units import MIB
+
+DEADLINE_S = 60.0 if os.environ.get("MEMBALLOON_SLOW_MACHINE") else 20.0
+GRACE_S = "0.3"
+
+HOLD = """
+import mmap, signal
+memory = mmap.mmap(-1, 64 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+for offset in range(0, len(memory), 4096):
+    memory[offset] = 1
+signal.pause()
+"""
+
+# An agent of which nothing matters but that it beats, and how it ends.
+AGENT = """
+import subprocess, sys, time
+dog = subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE, start_new_session=True)
+print(dog.pid, flush=True)
+while True:
+    dog.stdin.write(b"\\n")
+    dog.stdin.flush()
+    time.sleep(0.05)
+"""
+
+
+def wait_for(predicate: Callable[[], bool], what: str) -> None:
+    end_s = time.monotonic() + DEADLINE_S
+    while not predicate():
+        assert time.monotonic() < end_s, f"not within {DEADLINE_S} s: {what}"
+        time.sleep(0.01)
+
+
+def is_alive(pid: int) -> bool:
+    """Neither gone nor a zombie that waits for its parent."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+class House:
+    """A root with one VM, its processes, and the processes of the test."""
+
+    def __init__(self, root: Path) -> None:
+        self.backend = Cgroup1Backend(root)
+        self.backend.prepare()
+        self.quota: VmQuota = self.backend.create("vm1", 32 * MIB, 16 * MIB)
+        self.children: list[subprocess.Popen[str]] = []
+        self.watchdogs: list[int] = []
+
+    def spawn(self, *command: str, pipe: bool = False) -> subprocess.Popen[str]:
+        out = subprocess.PIPE if pipe else None
+        child = subprocess.Popen(command, stdin=out, stdout=out, text=True)
+        self.children.append(child)
+        return child
+
+    def hang(self) -> subprocess.Popen[str]:
+        """A guest's process that hangs at its limit."""
+        self.quota.arm_dry_events()
+        procs = str(self.quota.directory / "workload" / "cgroup.procs")
+        python = (sys.executable, "-I", "-S", "-c", HOLD)
+        guest = self.spawn("/bin/sh", "-c", 'echo $$ > "$0" && exec "$@"', procs, *python)
+        wait_for(lambda: self.quota.dry_state().under_oom, "the guest hangs")
+        return guest
+
+    def command(self, *options: str) -> tuple[str, ...]:
+        root = str(self.backend.root)
+        python = (sys.executable, "-I", "-S", str(WATCHDOG_FILE))
+        return (*python, "--root", root, "--grace-s", GRACE_S, *options)
+
+    def agent(self, *options: str) -> subprocess.Popen[str]:
+        """A beating agent with its watchdog."""
+        agent = self.spawn(sys.executable, "-c", AGENT, *self.command(*options), pipe=True)
+        assert agent.stdout is not None
+        said = {agent.stdout.readline().strip(), agent.stdout.readline().strip()}
+        assert "ready" in said
+        self.watchdogs.append(int((said - {"ready"}).pop()))
+        return agent
+
+    def watchdog_is_gone(self) -> bool:
+        return not any(is_alive(pid) for pid in self.watchdogs)
+
+    def oom_control(self) -> str:
+        return (self.quota.directory / "workload" / "memory.oom_control").read_text()
+
+    def is_armed(self) -> bool:
+        return "oom_kill_disable 1" in self.oom_control()
+
+    def down(self) -> None:
+        for child in self.children:
+            with contextlib.suppress(ProcessLookupError):
+                child.send_signal(signal.SIGCONT)
+            child.kill()
+        wait_for(self.watchdog_is_gone, "the watchdogs end with their agents")
+        for path in subtree(self.backend.root):
+            (path / "memory.oom_control").write_text("0")
+        wait_for(lambda: not kill_below(self.backend.root), "all guests are dead")
+        for child in self.children:
+            child.wait()
+            for stream in (child.stdin, child.stdout):
+                if stream is not None:
+                    stream.close()
+        remove_tree(self.backend.root, time.monotonic() + DEADLINE_S)
+
+
+@pytest.fixture
+def house() -> Iterator[House]:
+    if os.geteuid() != 0:
+        pytest.skip("making memory cgroups needs root")
+    version_1, _ = memory_mounts(MOUNTINFO.read_text())
+    if version_1 is None:
+        pytest.skip("no version 1 memory controller: a guest cannot be made to hang")
+    made = House(version_1 / f"mbtest-{uuid4().hex[:10]}")
+    try:
+        yield made
+    finally:
+        made.down()
+
+
+@pytest.mark.effects
+def test_a_killed_agent_leaves_nobody_hung(house: House) -> None:
+    guest = house.hang()
+    agent = house.agent()
+    assert house.is_armed()
+    agent.kill()
+    wait_for(lambda: guest.poll() is not None, "the guest's kernel has decided")
+    assert not house.is_armed()
+    assert house.quota.oom_kills_total == 1
+    wait_for(house.watchdog_is_gone, "the watchdog ends")
+
+
+@pytest.mark.effects
+def test_a_killed_agent_is_noticed_though_a_child_holds_the_pipe(house: House) -> None:
+    house.hang()
+    code = "import os\nif os.fork() == 0:\n    import signal; signal.pause()\n"
+    code = AGENT.replace("while True:", code + "while True:", 1)
+    agent = house.spawn(sys.executable, "-c", code, *house.command(), pipe=True)
+    assert agent.stdout is not None
+    said = {agent.stdout.readline().strip(), agent.stdout.readline().strip()}
+    house.watchdogs.append(int((said - {"ready"}).pop()))
+    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children")
+    wait_for(lambda: len(children.read_text().split()) == 2, "the child that holds the pipe")
+    holder = next(
+        int(pid) for pid in children.read_text().split() if int(pid) not in house.watchdogs
+    )
+    try:
+        agent.kill()
+        wait_for(house.watchdog_is_gone, "the watchdog has acted and ended")
+        assert is_alive(holder)
+        assert not house.is_armed()
+    finally:
+        os.kill(holder, signal.SIGKILL)
+
+
+@pytest.mark.effects
+def test_a_stopped_agent_leaves_nobody_hung_and_is_still_watched(house: House) -> None:
+    guest = house.hang()
+    agent = house.agent()
+    for _ in range(2):
+        agent.send_signal(signal.SIGSTOP)
+        wait_for(lambda: not house.is_armed(), "all guests are released")
+        assert agent.stdout is not None
+        assert agent.stdout.readline() == "released\n"
+        agent.send_signal(signal.SIGCONT)
+        assert not house.watchdog_is_gone()
+        house.quota.rearm()
+    wait_for(lambda: guest.poll() is not None, "the guest's kernel has decided")
+
+
+@pytest.mark.effects
+def test_a_beating_agent_is_left_alone(house: House) -> None:
+    guest = house.hang()
+    house.agent()
+    time.sleep(3 * float(GRACE_S))
+    assert house.is_armed()
+    assert guest.poll() is None
+
+
+@pytest.mark.effects
+def test_cgroups_that_inherited_the_flag_are_released(house: House) -> None:
+    house.quota.arm_dry_events()
+    nested = house.quota.directory / "workload" / "container"
+    nested.mkdir()
+    assert "oom_kill_disable 1" in (nested / "memory.oom_control").read_text()
+    house.agent().kill()
+    wait_for(house.watchdog_is_gone, "the watchdog ends")
+    assert "oom_kill_disable 0" in (nested / "memory.oom_control").read_text()
+
+
+@pytest.mark.effects
+@pytest.mark.parametrize("goodbye", [b"bye\n", b"\n\nbye\n", b"\n" * 5000 + b"bye\n"])
+def test_after_a_goodbye_nothing_is_touched(house: House, goodbye: bytes) -> None:
+    house.hang()
+    done = subprocess.run(house.command("--on-death", "remove"), input=goodbye, check=False)
+    assert done.returncode == 0
+    assert house.is_armed()
+    assert house.backend.names() == ("vm1",)
+
+
+@pytest.mark.effects
+def test_a_goodbye_byte_by_byte(house: House) -> None:
+    house.quota.arm_dry_events()
+    dog = house.spawn(*house.command(), pipe=True)
+    assert dog.stdin is not None
+    for character in "\nbye\n":
+        dog.stdin.write(character)
+        dog.stdin.flush()
+        time.sleep(0.01)
+    assert dog.wait(timeout=DEADLINE_S) == 0
+    assert house.is_armed()
+
+
+@pytest.mark.effects
+def test_sigterm_ends_it_and_a_ctrl_c_does_not(house: House) -> None:
+    house.quota.arm_dry_events()
+    dog = house.spawn(*house.command("--grace-s", "60"), pipe=True)
+    assert dog.stdout is not None
+    assert dog.stdout.readline() == "ready\n"
+    dog.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        dog.wait(timeout=0.2)
+    dog.terminate()
+    assert dog.wait(timeout=DEADLINE_S) == -signal.SIGTERM
+    assert house.is_armed()
+
+
+@pytest.mark.effects
+def test_a_killed_demo_leaves_nothing_behind(house: House, tmp_path: Path) -> None:
+    # Made before: a directory is charged to its parent, and a full one has no room for it.
+    (house.quota.directory / "workload" / "container").mkdir()
+    guest = house.hang()
+    run_dir, disk, kept = tmp_path / "run", tmp_path / "disk.img", tmp_path / "kept"
+    (run_dir / "vm1").mkdir(parents=True)
+    (run_dir / "vm1" / "log").write_text("x")
+    kept.mkdir()
+    (kept / "data").write_text("somebody's own")
+    (run_dir / "link").symlink_to(kept)
+    disk.write_text("x")
+    options = ["--on-death", "remove"]
+    for path in (run_dir, disk, tmp_path / "never-made"):
+        options += ["--remove-path", str(path)]
+    house.agent(*options).kill()
+    wait_for(house.watchdog_is_gone, "the watchdog has cleared up")
+    assert guest.wait(timeout=DEADLINE_S) == -signal.SIGKILL
+    assert not house.backend.root.exists()
+    assert not run_dir.exists()
+    assert not disk.exists()
+    assert (kept / "data").read_text() == "somebody's own"
+
+
+@pytest.mark.parametrize("path", ["mbtest-relative", "/mbtest-never-made", ""])
+def test_paths_that_nobody_can_mean_are_left_alone(tmp_path: Path, path: str) -> None:
+    """Paths that do not exist: a watchdog that forgets to refuse them must do no harm here."""
+    root = str(tmp_path / "none")
+    done = run_watchdog("--root", root, "--on-death", "remove", "--remove-path", path)
+    assert done.returncode == 1
+    assert "left behind" in done.stderr
+
+
+@pytest.mark.effects
+def test_a_path_with_a_mount_in_it_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "run" / "mounted").mkdir(parents=True)
+    options = ("--root", str(tmp_path / "none"), "--on-death", "remove")
+    code = 'mount -t tmpfs none "$0" && exec "$@"'
+    python = (sys.executable, "-I", "-S", str(WATCHDOG_FILE))
+    command = ("unshare", "--mount", "/bin/sh", "-c", code, str(tmp_path / "run" / "mounted"))
+    done = subprocess.run(
+        [*command, *python, *options, "--remove-path", str(tmp_path / "run")],
+        input="",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "mounted is mounted" in done.stderr
+    assert (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--root",),
+        ("--root", "relative"),
+        ("--root", "/x", "--on-death", "explode"),
+        ("--root", "/x", "--grace-s", "0"),
+        ("--roof", "/x"),
+    ],
+)
+def test_options_it_cannot_use(options: tuple[str, ...]) -> None:
+    done = run_watchdog(*options)
+    assert done.returncode == 1
+    assert done.stderr.startswith("watchdog: ")
+    assert done.stderr.count("\n") == 1
+
+
+def run_watchdog(*options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-I", "-S", str(WATCHDOG_FILE), *options],
+        input="",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_high_is_released_where_the_cgroups_are_version_2(tmp_path: Path) -> None:
+    workload = tmp_path / "vm1" / "workload"
+    workload.mkdir(parents=True)
+    (workload / "memory.high").write_text("100")
+    assert run_watchdog("--root", str(tmp_path)).returncode == 0
+    assert (workload / "memory.high").read_text() == "max"
+
+
+# The agent's side
+
+
+@pytest.mark.effects
+def test_the_client_beats_and_says_goodbye(house: House) -> None:
+    house.quota.arm_dry_events()
+
+    async def main() -> int:
+        async with Watchdog(house.backend.root, grace_s=0.3, beat_interval_s=0.05) as dog:
+            assert dog.pid is not None
+            await trio.sleep(1)
+            assert house.is_armed()
+            assert os.getsid(dog.pid) == dog.pid
+        return dog.pid
+
+    assert not is_alive(trio.run(main))
+    assert house.is_armed()
+
+
+@pytest.mark.effects
+def test_the_client_is_told_when_guests_were_released(house: House) -> None:
+    house.quota.arm_dry_events()
+
+    async def main() -> None:
+        armed = trio.Event()
+
+        def rearm() -> None:
+            assert not house.is_armed()
+            house.quota.rearm()
+            armed.set()
+
+        dog = Watchdog(house.backend.root, grace_s=0.2, beat_interval_s=0.05, on_released=rearm)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(dog.run)
+            time.sleep(0.6)  # noqa: ASYNC251  (the stall is the subject)
+            with trio.fail_after(DEADLINE_S):
+                await armed.wait()
+            dog.dismiss()
+
+    trio.run(main)
+    assert house.is_armed()
+
+
+class AgentFault(Exception):
+    pass
+
+
+@pytest.mark.effects
+def test_an_agent_that_fails_says_no_goodbye(house: House) -> None:
+    house.quota.arm_dry_events()
+
+    async def main() -> None:
+        async with Watchdog(house.backend.root):
+            raise AgentFault
+
+    with pytest.raises(AgentFault):
+        trio.run(main)
+    assert not house.is_armed()
+
+
+@pytest.mark.effects
+def test_an_agent_that_is_cancelled_says_no_goodbye(house: House) -> None:
+    house.quota.arm_dry_events()
+
+    async def main() -> None:
+        with trio.CancelScope() as scope:
+            async with Watchdog(house.backend.root):
+                scope.cancel()
+                await trio.sleep_forever()
+
+    trio.run(main)
+    assert not house.is_armed()
+
+
+@pytest.mark.effects
+def test_an_agent_learns_that_its_watchdog_has_died(house: House) -> None:
+    async def main() -> None:
+        async with Watchdog(house.backend.root) as dog:
+            assert dog.pid is not None
+            os.kill(dog.pid, signal.SIGKILL)
+            with trio.fail_after(DEADLINE_S):
+                await trio.sleep_forever()
+
+    with pytest.raises(WatchdogLost):
+        trio.run(main)
+
+
+def test_a_watchdog_that_cannot_start_is_said() -> None:
+    async def main() -> None:
+        async with Watchdog(Path("relative")):
+            raise AssertionError("it started")
+
+    with pytest.raises(WatchdogLost, match="did not start"):
+        trio.run(main)
