@@ -491,6 +491,13 @@ def test_after_a_goodbye_nothing_is_said_or_heard(both: Conversation, role: Role
     assert end.next_event() is None
 
 
+def test_what_waits_to_be_heard_is_forgotten_with_a_goodbye(both: Conversation) -> None:
+    both.running().guest_says(VITALS, GOODBYE)
+    both.host.receive_data(bytes(both.under_way[Role.GUEST]))
+    both.host_says(GOODBYE)
+    assert both.host.next_event() is None
+
+
 @pytest.mark.parametrize("torn", [0, 3])
 def test_the_end_without_a_goodbye_is_nobodys_fault(both: Conversation, torn: int) -> None:
     both.running().guest_says(VITALS)
