@@ -60,7 +60,7 @@ class WorkloadClient:
     async def stats(
         self, *, reset: bool = False, timeout_s: float = SETTING_TIMEOUT_S
     ) -> dict[str, Any]:
-        """Its statistics (see guest_driver/workload); with `reset`, the next ones begin here."""
+        """Its statistics, as workload_loop.py makes them; with `reset`, the next begin here."""
         return await self._ask({"cmd": "stats", "reset": reset}, timeout_s)
 
     async def burst(

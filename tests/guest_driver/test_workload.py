@@ -17,7 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guest_driver.vitals import VitalsReader
-from guest_driver.workload.control import (
+from guest_driver.workload import (
+    FILE_BYTES,
+    UNIT_BYTES,
+    AnonymousSet,
+    Burst,
+    CacheSet,
+)
+from guest_driver.workload_control import (
     CommandError,
     EndBurst,
     Rate,
@@ -27,14 +34,7 @@ from guest_driver.workload.control import (
     Stop,
     parse,
 )
-from guest_driver.workload.latency import Latencies
-from guest_driver.workload.memory import (
-    FILE_BYTES,
-    UNIT_BYTES,
-    AnonymousSet,
-    Burst,
-    CacheSet,
-)
+from guest_driver.workload_latency import Latencies
 from protocol.units import KIB, MIB
 
 DEADLINE_S = 30.0

@@ -15,7 +15,11 @@ import json
 import math
 from typing import Final, NamedTuple
 
-from guest_driver.workload.memory import MAX_BYTES, MAX_CACHE_BYTES
+MAX_BYTES: Final = 64 * 1024**3
+"""Bound of each size that is asked for, and the addresses kept for the anonymous set."""
+
+MAX_CACHE_BYTES: Final = 4 * 1024**3
+"""A file descriptor for each 8 MiB makes 512, of the 1,024 that a process has."""
 
 MAX_LINE_BYTES: Final = 4096
 """A command has a few dozen; more is somebody who does not speak this."""

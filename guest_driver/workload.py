@@ -1,14 +1,29 @@
-"""What the workload touches: anonymous memory, a burst of it, and files through the page cache.
+"""A program with a known appetite, to run inside a mock VM: `python -m guest_driver.workload`.
 
-Each touch is of one unit and returns when the kernel has let it: callers measure the time.
+It holds an anonymous working set and a page cache of real files, touches both round and round at
+a rate, and measures how long its own touches take: what a balloon costs its guest, seen from
+inside. Only the standard library, and little of it, since ten of these run beside each other.
+
+Here stand the memory that it touches and the command line; workload_loop.py does the touching,
+workload_latency.py measures, workload_control.py reads commands. Each touch here is of one unit,
+and returns when the kernel has let it: the loop measures the time.
 """
 
+import argparse
 import contextlib
 import mmap
 import os
+import re
+import signal
+import socket
+import sys
 import threading
 from pathlib import Path
+from types import FrameType
 from typing import Final
+
+from guest_driver.workload_control import MAX_BYTES, MAX_CACHE_BYTES, CommandError, Rate, Set
+from guest_driver.workload_loop import Makers, Workload
 
 UNIT_BYTES: Final = 256 * 1024
 """Touched at a time; small enough that one late page shows, large enough to cost no CPU."""
@@ -18,12 +33,6 @@ BURST_UNIT_BYTES: Final = 64 * 1024
 
 FILE_BYTES: Final = 8 * 1024 * 1024
 WRITE_BYTES: Final = 1024 * 1024
-
-MAX_BYTES: Final = 64 * 1024**3
-"""Room of addresses for the anonymous set, and bound of each size that is asked for."""
-
-MAX_CACHE_BYTES: Final = 512 * FILE_BYTES
-"""4 GiB: a file descriptor for each 8 MiB, of which a process has 1,024."""
 
 _MAP_NORESERVE: Final = 0x4000  # include/uapi/asm-generic/mman-common.h; not in mmap of 3.11
 _ONES: Final = b"\1" * (UNIT_BYTES // mmap.PAGESIZE)
@@ -219,3 +228,61 @@ def _write_all(descriptor: int, block: bytes, offset: int) -> None:
     written = 0
     while written < len(block):
         written += os.pwrite(descriptor, block[written:], offset + written)
+
+
+_UNITS = {"": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+
+
+def _size_bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
+    unit = None if match is None else _UNITS.get("" if match[2] == "b" else match[2])
+    if match is None or unit is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; say 40MiB, or bytes")
+    return int(float(match[1]) * unit)
+
+
+def _bounded(size_bytes: int, most_bytes: int, name: str) -> int:
+    if size_bytes > most_bytes:
+        raise CommandError(f"{name} is more than {most_bytes} bytes")
+    return size_bytes
+
+
+def _nothing(signal_number: int, frame: FrameType | None) -> None:
+    """The wake-up socket carries the signal; this only keeps it from killing."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run until SIGTERM, SIGINT or a stop command; 0 then, 2 for a mistake in the arguments."""
+    parser = argparse.ArgumentParser(prog="workload", description="A known appetite.")
+    parser.add_argument("--files", type=Path, required=True, help="directory for the cache's files")
+    parser.add_argument("--control", type=Path, required=True, help="path of the control socket")
+    parser.add_argument("--anon", type=_size_bytes, default=0, help="anonymous set, as 40MiB")
+    parser.add_argument("--cache", type=_size_bytes, default=0, help="page cache, as 40MiB")
+    parser.add_argument("--rate", type=_size_bytes, help="bytes touched a second (all, once)")
+    parser.add_argument("--grow-rate", type=_size_bytes, help="bytes grown a second (unbounded)")
+    parser.add_argument("--keep-files", action="store_true", help="leave the files at the end")
+    arguments = parser.parse_args(argv)
+
+    wakeup, woken = socket.socketpair()
+    with wakeup, woken:
+        wakeup.setblocking(False)
+        signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _nothing)
+        try:
+            first = Set(
+                _bounded(arguments.anon, MAX_BYTES, "--anon"),
+                _bounded(arguments.cache, MAX_CACHE_BYTES, "--cache"),
+                Rate(arguments.rate or None),
+            )
+            makers = Makers(AnonymousSet, Burst, lambda: CacheSet(arguments.files))
+            workload = Workload(makers, arguments.control, keep_files=arguments.keep_files)
+            workload.run(first, woken, arguments.grow_rate or None)
+        except (OSError, CommandError) as error:
+            print(f"workload: {error}", file=sys.stderr)
+            return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

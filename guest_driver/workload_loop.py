@@ -11,10 +11,11 @@ import selectors
 import socket
 import stat
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-from guest_driver.workload.control import (
+from guest_driver.workload_control import (
     MAX_LINE_BYTES,
     Command,
     CommandError,
@@ -25,8 +26,10 @@ from guest_driver.workload.control import (
     Stats,
     parse,
 )
-from guest_driver.workload.latency import Latencies
-from guest_driver.workload.memory import AnonymousSet, Burst, CacheSet
+from guest_driver.workload_latency import Latencies
+
+if TYPE_CHECKING:
+    from guest_driver.workload import AnonymousSet, Burst, CacheSet
 
 TICK_S: Final = 0.025
 """Sleep between touches: 40 wake-ups a second spread the touching evenly and cost little."""
@@ -45,6 +48,14 @@ DEFAULT_ROUND_S: Final = 1.0
 """Without a rate, everything is touched once in this time."""
 
 
+class Makers(NamedTuple):
+    """How the workload gets its memory, once it knows that it is the only one at its socket."""
+
+    anonymous: "Callable[[], AnonymousSet]"
+    burst: "Callable[[int], Burst]"
+    cache: "Callable[[], CacheSet]"
+
+
 class _Client:
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
@@ -52,7 +63,7 @@ class _Client:
 
 
 class _RunningBurst:
-    def __init__(self, burst: Burst, client: _Client, started_s: float) -> None:
+    def __init__(self, burst: "Burst", client: _Client, started_s: float) -> None:
         self.burst = burst
         self.client = client
         self.started_s = started_s
@@ -68,8 +79,8 @@ class Workload:
     another workload is alive there, or if it is no socket.
     """
 
-    def __init__(self, files: Path, control_path: Path, *, keep_files: bool = False) -> None:
-        self._files = files
+    def __init__(self, makers: Makers, control_path: Path, *, keep_files: bool = False) -> None:
+        self._makers = makers
         self._control_path = control_path
         self._keep_files = keep_files
         self._rate: Rate = Rate(None)
@@ -89,9 +100,9 @@ class Workload:
             self._selector = stack.enter_context(selectors.DefaultSelector())
             listener = stack.enter_context(_listen(self._control_path))
             stack.callback(self._control_path.unlink, missing_ok=True)
-            self._anon = AnonymousSet()
+            self._anon = self._makers.anonymous()
             stack.callback(self._anon.close)
-            self._cache = CacheSet(self._files)
+            self._cache = self._makers.cache()
             stack.callback(lambda: self._cache.close(remove_files=not self._keep_files))
             stack.callback(self._close_clients)
             self._selector.register(listener, selectors.EVENT_READ)
@@ -206,7 +217,7 @@ class Workload:
             if self._burst is not None:
                 raise CommandError("a burst is held already: unburst first")
             try:
-                burst = Burst(command.burst_bytes)
+                burst = self._makers.burst(command.burst_bytes)
             except OSError as error:
                 raise CommandError(f"no burst: {error.strerror}") from error
             self._burst = _RunningBurst(burst, client, time.perf_counter())
