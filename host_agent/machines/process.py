@@ -1,0 +1,304 @@
+"""Mock VMs as process trees in namespaces of their own: util-linux and sh, nothing to install.
+
+A mock VM sees its own processes, its own host name, no network but its loopback, the host's files
+read-only, its own disk, its own channel socket and its own cgroup. It is root without capabilities
+but IPC_LOCK, so it can't undo any of that. init_script.py says how.
+
+It is nobody's child that matters: the supervisor has a session of its own, and an agent that starts
+anew finds the VM again by pid and start time (`adopt`).
+"""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+from collections.abc import AsyncIterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import trio
+
+from host_agent.machines.base import ExitStatus, MachineError, MachineSpec
+from host_agent.machines.file_tree import host_tree, interpreter_dirs
+from host_agent.machines.identity import ProcessHandle, boot_id
+from host_agent.machines.init_script import EXIT_FILE, ROOT_DIR, supervisor_script
+from protocol.vocabulary import one_line
+
+LAUNCH_DEADLINE_S: Final = 20.0
+"""Setting up takes tens of milliseconds; a machine under memory pressure may be slow."""
+
+KILL_DEADLINE_S: Final = 20.0
+"""The kernel frees the memory of what it kills first, and there may be much."""
+
+EMPTY_WATCH_S: Final = 0.002
+"""Between looks at a cgroup whose last processes are on their way out."""
+
+MAX_HEARD_BYTES: Final = 4096
+"""What setup says in all: three short lines."""
+
+LOG_TAIL_BYTES: Final = 4096
+
+ENVIRONMENT: Final = {
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "HOME": "/var/tmp",
+    "LANG": "C.UTF-8",
+}
+
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+"""A host name of at most 63 characters (HOST_NAME_MAX is 64)."""
+
+
+class ProcessMachine:
+    """A running mock VM. Made by `ProcessBackend`."""
+
+    def __init__(
+        self,
+        name: str,
+        socket_dir: Path,
+        init: ProcessHandle,
+        supervisor: ProcessHandle | None,
+        child: subprocess.Popen[bytes] | None,
+    ) -> None:
+        self._name = name
+        self._socket_dir = socket_dir
+        self._init = init
+        self._supervisor = supervisor
+        self._child = child
+        self._status: ExitStatus | None = None
+        self._state = {
+            "name": name,
+            "boot_id": boot_id(),
+            "socket_dir": str(socket_dir),
+            "init_pid": init.pid,
+            "init_start_ticks": init.start_ticks,
+            "supervisor_pid": supervisor.pid if supervisor else 0,
+            "supervisor_start_ticks": supervisor.start_ticks if supervisor else 0,
+        }
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return self._name
+
+    @property
+    def init_pid(self) -> int:
+        """The host's pid of its process 1."""
+        return self._init.pid
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What `ProcessBackend.adopt` needs: JSON values only."""
+        return dict(self._state)
+
+    async def wait_exited(self) -> ExitStatus:
+        """See `Machine.wait_exited`."""
+        if self._status is None:
+            # When a pid namespace's init has ended, the kernel has ended everything in it.
+            await self._init.wait_ended()
+            if self._supervisor is not None:
+                await self._supervisor.wait_ended()
+            self._settle()
+        assert self._status is not None
+        return self._status
+
+    async def stop(self, timeout_s: float) -> ExitStatus:
+        """See `Machine.stop`."""
+        if self._status is None:
+            self._init.send(signal.SIGTERM)
+            with trio.move_on_after(timeout_s):
+                return await self.wait_exited()
+            self._init.send(signal.SIGKILL)
+            with trio.CancelScope(shield=True), trio.move_on_after(KILL_DEADLINE_S):
+                return await self.wait_exited()
+            raise MachineError(f"{self._name} is still there {KILL_DEADLINE_S:g} s after SIGKILL")
+        return self._status
+
+    def _settle(self) -> None:
+        """Everything has ended: reap, read the status, let go. Another task may have done so."""
+        if self._status is not None:
+            return
+        if self._child is not None:
+            self._child.wait()
+        self._status = _read_status(self._socket_dir / EXIT_FILE)
+        self._init.close()
+        if self._supervisor is not None:
+            self._supervisor.close()
+
+
+class ProcessBackend:
+    """The backend. It holds nothing: machines live on their own."""
+
+    def __init__(
+        self,
+        *,
+        hidden_dirs: tuple[Path, ...] = (),
+        shown_dirs: tuple[Path, ...] | None = None,
+    ) -> None:
+        """`hidden_dirs` are empty inside (other guests' disks); `shown_dirs` stay visible though
+        they lie in /tmp, /var/tmp, /run or /dev (None: what this Python needs).
+        """
+        self._hidden = hidden_dirs
+        self._shown = interpreter_dirs() if shown_dirs is None else shown_dirs
+
+    async def launch(self, spec: MachineSpec) -> ProcessMachine:
+        """See `MachineBackend.launch`."""
+        _check(spec)
+        script = supervisor_script(spec, host_tree(_mountinfo(), self._hidden, self._shown))
+        try:
+            _make_directories(spec)
+            child, heard_fd = await trio.to_thread.run_sync(partial(_spawn, spec, script))
+        except OSError as error:
+            raise MachineError(f"{spec.name} can't be started: {error}") from error
+        async with _killed_on_failure(child, spec):
+            async with trio.lowlevel.FdStream(heard_fd) as heard:
+                try:
+                    with trio.fail_after(LAUNCH_DEADLINE_S):
+                        init_pid = await _hear(heard, spec)
+                except trio.TooSlowError:
+                    raise MachineError(
+                        f"{spec.name} was not set up in {LAUNCH_DEADLINE_S:g} s"
+                    ) from None
+            try:
+                init = ProcessHandle.of(init_pid)
+            except ProcessLookupError:
+                raise MachineError(f"{spec.name} ended at once{_log_tail(spec)}") from None
+            return ProcessMachine(
+                spec.name, spec.socket_dir, init, ProcessHandle.of(child.pid), child
+            )
+
+    async def adopt(self, state: Mapping[str, Any]) -> ProcessMachine | None:
+        """See `MachineBackend.adopt`."""
+        try:
+            name, socket_dir = str(state["name"]), Path(state["socket_dir"])
+            init_pid, init_ticks = int(state["init_pid"]), int(state["init_start_ticks"])
+            supervisor = int(state["supervisor_pid"]), int(state["supervisor_start_ticks"])
+            boot = str(state["boot_id"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise MachineError(f"the state of a mock VM makes no sense: {error!r}") from error
+        if boot != boot_id():
+            return None
+        init = ProcessHandle.find(init_pid, init_ticks)
+        if init is None:
+            return None
+        return ProcessMachine(name, socket_dir, init, ProcessHandle.find(*supervisor), None)
+
+
+def _check(spec: MachineSpec) -> None:
+    if not _NAME.fullmatch(spec.name):
+        raise MachineError(f"{spec.name!r} is no host name")
+    if not spec.command:
+        raise MachineError(f"{spec.name} has no command")
+    if "\0" in "".join((*spec.command, *spec.driver_argv)):
+        raise MachineError(f"{spec.name}: a command can't contain a null character")
+
+
+def _mountinfo() -> str:
+    return Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace")
+
+
+def _make_directories(spec: MachineSpec) -> None:
+    (spec.socket_dir / ROOT_DIR).mkdir(mode=0o700, parents=True, exist_ok=True)
+    (spec.socket_dir / EXIT_FILE).unlink(missing_ok=True)
+    spec.disk_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    spec.log_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    scratch = spec.disk_dir / "tmp"
+    scratch.mkdir(exist_ok=True)
+    for shared in (spec.disk_dir, scratch):
+        shared.chmod(0o1777)
+
+
+def _spawn(spec: MachineSpec, script: str) -> tuple[subprocess.Popen[bytes], int]:
+    """Start the supervisor; the descriptor is what it is heard on, ours to close."""
+    heard_fd, told_fd = os.pipe2(os.O_CLOEXEC)
+    try:
+        with spec.log_path.open("ab") as log:
+            child = subprocess.Popen(
+                ("/bin/sh", "-c", script, f"memballoon-{spec.name}"),
+                stdin=subprocess.DEVNULL,
+                stdout=told_fd,
+                stderr=log,
+                cwd="/",
+                env={**ENVIRONMENT, **spec.env},
+                start_new_session=True,
+            )
+    except BaseException:
+        os.close(heard_fd)
+        raise
+    finally:
+        os.close(told_fd)
+    return child, heard_fd
+
+
+async def _hear(heard: trio.lowlevel.FdStream, spec: MachineSpec) -> int:
+    """The init's pid, once the mock VM is ready. Raises MachineError."""
+    text = b""
+    while not text.endswith(b"\nready\n"):
+        more = await heard.receive_some(MAX_HEARD_BYTES)
+        text += more
+        if more and len(text) <= MAX_HEARD_BYTES:
+            continue
+        # It has ended: it said why, or the last program to fail did, in the log.
+        _, failed, why = text.decode(errors="replace").partition("failed ")
+        raise MachineError(
+            f"{spec.name} can't be started"
+            + (f": {one_line(why.strip())}" if failed else _log_tail(spec))
+        )
+    return int(text.split()[1])
+
+
+@contextlib.asynccontextmanager
+async def _killed_on_failure(
+    child: subprocess.Popen[bytes], spec: MachineSpec
+) -> AsyncIterator[None]:
+    """Whatever goes wrong inside (cancellation included) leaves no process behind.
+
+    Until the VM is ready, all of it is in the supervisor's process group, which can't be anybody
+    else's while the supervisor is not reaped. The death of unshare kills the namespace's init as
+    well, and the init's death whatever else there is.
+    """
+    try:
+        yield
+    except BaseException:
+        os.killpg(child.pid, signal.SIGKILL)
+        with trio.CancelScope(shield=True):
+            supervisor = ProcessHandle.of(child.pid)
+            await supervisor.wait_ended()
+            supervisor.close()
+            child.wait()
+            with trio.move_on_after(KILL_DEADLINE_S):
+                while any(map(_has_processes, (spec.driver_procs, spec.workload_procs))):  # noqa: ASYNC110
+                    await trio.sleep(EMPTY_WATCH_S)
+        raise
+
+
+def _has_processes(procs: Path) -> bool:
+    try:
+        return bool(procs.read_text(encoding="ascii"))
+    except OSError:
+        return False
+
+
+def _read_status(path: Path) -> ExitStatus:
+    try:
+        code = int(path.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return ExitStatus(detail="exit status unknown: its supervisor was killed")
+    if code > 128:
+        with contextlib.suppress(ValueError):
+            return ExitStatus(code, f"ended by {signal.Signals(code - 128).name}")
+    return ExitStatus(code)
+
+
+def _log_tail(spec: MachineSpec) -> str:
+    """The last line of the log, to be put behind a message; empty if there is none."""
+    try:
+        with spec.log_path.open("rb") as log:
+            log.seek(0, os.SEEK_END)
+            log.seek(max(0, log.tell() - LOG_TAIL_BYTES))
+            lines = log.read().decode(errors="replace").split("\n")
+    except OSError:
+        return ""
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return f": {last}" if last else ""
