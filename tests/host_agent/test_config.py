@@ -97,6 +97,11 @@ REFUSALS = [
         HOST + '[[vm]]\nname = "web1"\nmemroy = "1GiB"',
         "vm 'web1': unknown key 'memroy' (did you mean 'memory'?)",
     ),
+    ("[host]\npool_bytes = 1073741824", "[host]: unknown key 'pool_bytes'"),
+    (
+        HOST + '[[vm]]\nname = "web1"\nassigned_bytes = 67108864',
+        "vm 'web1': unknown key 'assigned_bytes'",
+    ),
     (HOST + vm("assigned_bytes = 1"), "vm 'web1': unknown key 'assigned_bytes'"),
     (HOST + vm() + vm(), "vm 'web1' is there twice"),
     (HOST + vm(name="Web_1"), "vm 'Web_1': name: 'Web_1' is not a name: lower-case"),
