@@ -95,6 +95,7 @@ class Agent:
         self._nursery: trio.Nursery | None = None
         self._started_s = 0.0
         self._kills_of_the_gone = 0
+        self._saving = trio.Lock()
 
     @property
     def places(self) -> Places:
@@ -120,7 +121,8 @@ class Agent:
                 await trio.sleep_forever()
         finally:
             self._nursery = None
-            self._save()
+            with trio.CancelScope(shield=True):
+                await self._save()
 
     def keep_vms(self) -> None:
         """From now on the end of the agent is not the end of its VMs."""
@@ -144,7 +146,7 @@ class Agent:
             if isinstance(error, MachineError | QuotaError | OSError):
                 raise BadRequest(f"{spec.name} can't be launched: {error}") from error
             raise
-        self._save()
+        await self._save()
         return self.vm(spec.name)
 
     def _admit(self, spec: VmSpec) -> Guest:
@@ -212,7 +214,7 @@ class Agent:
         if self._nursery is None:
             raise AgentError("the agent is stopping")
         await self._nursery.start(self._hosting.run, guest)
-        self._save()
+        await self._save()
         with trio.move_on_after(CONNECT_DEADLINE_S):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_first_of, guest.connected, nursery.cancel_scope)
@@ -238,7 +240,7 @@ class Agent:
         guest.phase = Phase.STOPPING
         guest.scope.cancel()
         await guest.ended.wait()
-        self._save()
+        await self._save()
 
     # Changing
 
@@ -259,8 +261,8 @@ class Agent:
             raise BadRequest(str(error)) from error
         guest.pinned_pages = pinned
         guest.refused_until_s = 0.0
-        self._save()
         self.balancer.plan_once()
+        await self._save()
         return self.vm(name)
 
     def _pinned_pages(self, guest: Guest, change: VmChange) -> int | None:
@@ -373,7 +375,7 @@ class Agent:
 
     # What lasts
 
-    def _save(self) -> None:
+    async def _save(self) -> None:
         guests = tuple(
             GuestState(
                 name=guest.name,
@@ -390,10 +392,13 @@ class Agent:
             for guest in self.balancer.guests.values()
             if guest.machine is not None and guest.phase is not Phase.STOPPING
         )
-        try:
-            save_state(self._places.state_dir, AgentState(guests=guests))
-        except StateError as error:
-            LOG.error("%s", error)
+        state = AgentState(guests=guests)
+        # In a thread, since it waits for the disk; one at a time and in order, the newest last.
+        async with self._saving:
+            try:
+                await trio.to_thread.run_sync(save_state, self._places.state_dir, state)
+            except StateError as error:
+                LOG.error("%s", error)
 
     async def _adopt_all(self) -> None:
         """Take over the VMs that an earlier agent left running; clear away what is dead."""

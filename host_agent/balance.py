@@ -215,8 +215,7 @@ class Balancer:
         now_s = trio.current_time()
         self.moves.granted(guest.name, frames.page_count - lent_pages, now_s)
         self.moves.lent(guest.name, lent_pages, now_s)
-        guest.quota_changed.set()
-        guest.quota_changed = trio.Event()
+        guest.tell_quota_changed()
         if self._lack(guest) <= 0:
             self._fulfil(guest)
         return frames.page_count
@@ -233,6 +232,7 @@ class Balancer:
         guest.stuck_times = 0
         self.moves.credited(guest.name, pages)
         self.moves.repaid(repaid_pages, trio.current_time())
+        guest.tell_quota_changed()
         self.grant_free()
 
     def vitals_came(self, guest: Guest) -> None:

@@ -79,6 +79,11 @@ class Guest:
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     ended: trio.Event = field(default_factory=trio.Event)
 
+    def tell_quota_changed(self) -> None:
+        """Wake whoever waits for `quota_changed`; the next change has an event of its own."""
+        self.quota_changed.set()
+        self.quota_changed = trio.Event()
+
     @property
     def name(self) -> str:
         """Its name, which is also the name of its cgroup."""

@@ -1,0 +1,1 @@
+"""`balloon demo`: the well-known case of overcommitted memory, played through on real pages."""
