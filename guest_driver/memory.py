@@ -72,15 +72,18 @@ class Arena:
         self.pages = pages
         self.frame_order = frame_order
 
-    def populate(self, start: int, count: int) -> None:
+    def populate(self, start: int, count: int) -> int:
         """Give the `count` frames from `start` on a physical page each, zeroed and locked.
 
-        Raises ValueError for a range that is not made of whole frames inside the arena, and
-        OSError when the kernel has no page (ENOMEM, EFAULT, EHWPOISON): a part of the range may be
-        populated then, and the caller drops it. At the limit of a memory cgroup with its OOM
-        killer on there is no error: the process is killed.
+        Returns 0, or errno when the kernel has no page (ENOMEM, EFAULT, EHWPOISON): a part of the
+        range may be populated then, and the caller drops it. It is no exception, because raising
+        one takes memory, and for that a process may wait (v1 cgroup at its limit, OOM killer off)
+        with the very pages in hand that it is about to drop. With the OOM killer on there is no
+        error: the process is killed.
+
+        Raises ValueError for a range that is not made of whole frames inside the arena.
         """
-        self._advise(start, count, _MADV_POPULATE_WRITE)
+        return self._advise(start, count, _MADV_POPULATE_WRITE)
 
     def drop(self, start: int, count: int) -> None:
         """Give the physical pages of a range back to the kernel at once; absent ones are no error.
@@ -88,20 +91,24 @@ class Arena:
         Raises ValueError as `populate` does.
         """
         # Plain MADV_DONTNEED refuses locked memory with EINVAL.
-        self._advise(start, count, _MADV_DONTNEED_LOCKED)
+        code = self._advise(start, count, _MADV_DONTNEED_LOCKED)
+        if code:
+            raise OSError(code, f"frames {start}+{count} can't be dropped: {os.strerror(code)}")
 
     def unmap(self) -> None:
         """Give up the whole arena. Using it afterwards is a fault of the caller's."""
         _checked(_libc.munmap(self.address, self.pages * PAGE_BYTES), "munmap")
 
-    def _advise(self, start: int, count: int, advice: int) -> None:
+    def _advise(self, start: int, count: int, advice: int) -> int:
         if start < 0 or count < 1 or start + count > self.pages:
             raise ValueError(f"frames {start}+{count} leave the arena of {self.pages} pages")
         if (start | count) & ((1 << self.frame_order) - 1):
             # Half of a huge page can't be dropped: the kernel would split it and free nothing.
             raise ValueError(f"frames {start}+{count} are no whole frames of this arena")
         address = self.address + start * PAGE_BYTES
-        _checked(_libc.madvise(address, count * PAGE_BYTES, advice), "madvise")
+        if _libc.madvise(address, count * PAGE_BYTES, advice) == 0:
+            return 0
+        return ctypes.get_errno()
 
 
 def map_arena(pages: int, frame_order: int) -> Arena:

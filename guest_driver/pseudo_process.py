@@ -10,11 +10,15 @@ kernel hands each message to one of them: sharing of work without a queue of our
 or nothing.
 
     command  request id u64, operation u8, new state u8, then ranges (start u32, count u32)...
-    reply    request id u64, errno i32 (0: done), pages u32, seconds f64
+    reply    request id u64, errno i32 (0: done), pages u32, seconds f64; a release never fails
     ready    arena address u64, error text (empty: ready), once, before any reply
 
 The frames' states stand in memory shared with the driver, one byte a frame: the pseudo-process
 writes RESERVED after a page was populated, and the command's new state after it was dropped.
+
+At the limit of its memory cgroup the kernel kills it (it is the first choice), or, with the OOM
+killer off (v1), lets it wait until there is room: it may hold what it just populated then, so that
+somebody else has to make the room. Then it goes on as if nothing had been.
 
 This module is imported, and `start` called, before the driver imports trio or numpy. It must know
 nothing of them, of channels or of policy.
@@ -52,6 +56,9 @@ MAX_COMMAND_RANGES = 4096
 
 WORKERS = 2
 """Two threads populate at 1.5 to 2 times the speed of one; more only wait for the same lock."""
+
+NO_BUFFER_WAIT_S = 0.001
+"""Between attempts to send when the cgroup has no room for the message's buffer."""
 
 _RANGE = struct.Struct("<II")
 _READY = struct.Struct("<Q")
@@ -127,11 +134,14 @@ def start(arena_pages: int, frame_order: int) -> PseudoProcess:
     """Fork the pseudo-process with an arena of `arena_pages` base pages; return when it is ready.
 
     Call it in the main thread, before others were started: the pseudo-process dies with the thread
-    that forked it. Raises ValueError for a size or order that no arena has, ArenaError when it
-    can't be set up (no right to lock memory, kernel too old); no process is left behind then.
+    that forked it (RuntimeError in another). Raises ValueError or ArenaError for a size or order
+    that no arena has, ArenaError when it can't be set up (no right to lock memory, kernel too
+    old); no process is left behind then.
     """
     if arena_pages < 1:
         raise ValueError(f"an arena of {arena_pages} pages")
+    if threading.current_thread() is not threading.main_thread():
+        raise RuntimeError("the pseudo-process would die with this thread: fork it in the main one")
     states = map_shared(arena_pages)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     driver_pid = os.getpid()
@@ -233,16 +243,20 @@ def _keep_only(connection: socket.socket) -> int:
 def _work(fd: int, arena: Arena, states: mmap.mmap) -> None:
     """Carry out commands until the driver closes its end, then end the process."""
     try:
-        while command := os.read(fd, _MAX_COMMAND_BYTES):
+        # One buffer for all: at a cgroup's limit the kernel could not write to a new one, and the
+        # command would be lost.
+        buffer = bytearray(_MAX_COMMAND_BYTES)
+        while size := os.readv(fd, (buffer,)):
             began_s = time.monotonic()
-            request_id, operation, new_state = COMMAND.unpack_from(command)
-            ranges = list(_RANGE.iter_unpack(command[COMMAND.size :]))
+            request_id, operation, new_state = COMMAND.unpack_from(buffer)
+            ranges = list(_RANGE.iter_unpack(buffer[COMMAND.size : size]))
+            code = 0
             if operation == RESERVE:
                 code = _reserve(arena, states, ranges)
             else:
-                code = _release(arena, states, ranges, new_state)
+                _release(arena, states, ranges, new_state)
             pages = 0 if code else sum(count for _, count in ranges)
-            os.write(fd, REPLY.pack(request_id, code, pages, time.monotonic() - began_s))
+            _answer(fd, REPLY.pack(request_id, code, pages, time.monotonic() - began_s))
         os._exit(0)
     except (BrokenPipeError, ConnectionResetError):
         os._exit(0)
@@ -250,29 +264,39 @@ def _work(fd: int, arena: Arena, states: mmap.mmap) -> None:
         _give_up(error)
 
 
+def _answer(fd: int, reply: bytes) -> None:
+    """Send `reply`; at the limit of a cgroup, as soon as there is room for the message."""
+    while True:
+        try:
+            os.write(fd, reply)
+        except OSError as error:
+            # The buffer of a Unix socket is charged to the sender's cgroup, and is refused where a
+            # page would be waited for (v1, OOM killer off).
+            if error.errno != errno.ENOBUFS:
+                raise
+            time.sleep(NO_BUFFER_WAIT_S)
+        else:
+            return
+
+
 def _reserve(arena: Arena, states: mmap.mmap, ranges: list[tuple[int, int]]) -> int:
     """Populate all of the ranges, or none: then errno, and their frames are FREE."""
-    try:
-        for start, count in ranges:
-            arena.populate(start, count)
-    except OSError as error:
-        # The state bytes may need a page themselves: give room before writing them.
-        for start, count in ranges:
-            arena.drop(start, count)
-        _mark(states, ranges, FREE)
-        return error.errno or errno.EIO
+    for start, count in ranges:
+        code = arena.populate(start, count)
+        if code:
+            _release(arena, states, ranges, FREE)
+            return code
     _mark(states, ranges, RESERVED)
     return 0
 
 
-def _release(arena: Arena, states: mmap.mmap, ranges: list[tuple[int, int]], new_state: int) -> int:
-    try:
-        for start, count in ranges:
-            arena.drop(start, count)
-    except OSError as error:
-        return error.errno or errno.EIO
+def _release(
+    arena: Arena, states: mmap.mmap, ranges: list[tuple[int, int]], new_state: int
+) -> None:
+    # Room first: the state bytes may need a page themselves.
+    for start, count in ranges:
+        arena.drop(start, count)
     _mark(states, ranges, new_state)
-    return 0
 
 
 def _mark(states: mmap.mmap, ranges: list[tuple[int, int]], state: int) -> None:

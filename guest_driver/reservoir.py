@@ -17,11 +17,19 @@ import itertools
 import math
 import os
 import signal
+from contextlib import suppress
 
 import trio
 
 from guest_driver.frame_states import FrameState, FrameStates
-from guest_driver.pseudo_process import COMMAND, RELEASE, REPLY, RESERVE, PseudoProcess
+from guest_driver.pseudo_process import (
+    COMMAND,
+    NO_BUFFER_WAIT_S,
+    RELEASE,
+    REPLY,
+    RESERVE,
+    PseudoProcess,
+)
 from protocol.page_frames import PageFrames
 
 COMMAND_PAGES = {0: 4096, 9: 8192}
@@ -36,7 +44,7 @@ REAP_TIMEOUT_S = 10.0
 
 
 class ReservoirError(Exception):
-    """Base of the errors above. By itself: the kernel refused what it never should refuse."""
+    """Base of the errors above."""
 
 
 class NoRoom(ReservoirError):
@@ -140,23 +148,22 @@ class Reservoir:
             raise ValueError(f"frames of order {frame_order} in an arena of {self.frame_order}")
         self.states.mark(frames, FrameState.PENDING)
         requests: list[_Request] = []
-        rest = frames
+        chunks = list(frames.chunks(COMMAND_PAGES[self.frame_order]))
         try:
-            for chunk in frames.chunks(COMMAND_PAGES[self.frame_order]):
+            for chunk in chunks:
                 await self._slots.acquire()
                 if self._failure is not None or any(request.code for request in requests):
                     self._slots.release()
                     break
                 requests.append(self._submit(RESERVE, chunk, FrameState.RESERVED))
-                rest = rest - chunk
             for request in requests:
                 await request.done.wait()
         finally:
             # Also when cancelled; nothing here waits.
-            complete = not rest and all(request.code == 0 for request in requests)
-            if not complete:
-                self._take_back(rest, requests)
-        if complete:
+            done = sum(request.code == 0 for request in requests)
+            if done < len(chunks):
+                self._take_back(requests, chunks[len(requests) :])
+        if done == len(chunks):
             return
         for request in requests:
             await request.done.wait()
@@ -182,8 +189,6 @@ class Reservoir:
             await request.done.wait()
         if any(request.code is None for request in requests):
             raise self._failure or ReservoirClosed()
-        if code := next((request.code for request in requests if request.code), 0):
-            raise ReservoirError(f"frames could not be dropped: {os.strerror(code)}")
 
     async def aclose(self) -> None:
         """End the pseudo-process, reap it and unmap the states. Idempotent.
@@ -230,11 +235,12 @@ class Reservoir:
         self._outbox.send_nowait(COMMAND.pack(request_id, operation, new_state) + frames.to_wire())
         return request
 
-    def _take_back(self, rest: PageFrames, requests: list[_Request]) -> None:
-        """Undo a reservation: `rest` was never asked for, `requests` were."""
+    def _take_back(self, requests: list[_Request], unasked: list[PageFrames]) -> None:
+        """Undo a reservation that was asked for in `requests`, and not yet for `unasked`."""
         if self._failure is not None:
             return
-        self.states.mark(rest, FrameState.FREE)
+        for chunk in unasked:
+            self.states.mark(chunk, FrameState.FREE)
         for request in requests:
             request.unwanted = True
             if request.code == 0:
@@ -245,16 +251,27 @@ class Reservoir:
         request.undo = self._submit(RELEASE, request.frames, FrameState.FREE)
 
     async def _send_commands(self) -> None:
-        try:
-            async for command in self._to_send:
-                while True:
-                    try:
-                        self._process.connection.send(command)
-                        break
-                    except BlockingIOError:
-                        await trio.lowlevel.wait_writable(self._process.connection)
-        except (BrokenPipeError, ConnectionResetError):
-            return  # the receiving side sees the end as well, and tells
+        """Until cancelled, or the connection ends: the receiving side sees that too, and tells."""
+        connection = self._process.connection
+        async for command in self._to_send:
+            sent = False
+            while not sent:
+                if connection.fileno() < 0:
+                    return
+                try:
+                    connection.send(command)
+                    sent = True
+                except BlockingIOError:
+                    with suppress(trio.ClosedResourceError):
+                        await trio.lowlevel.wait_writable(connection)
+                except (BrokenPipeError, ConnectionResetError):
+                    return
+                except OSError as error:
+                    # The message's buffer is charged to the driver's cgroup: at its limit there
+                    # is none, and nothing to wait for but the host.
+                    if error.errno != errno.ENOBUFS:
+                        raise
+                    await trio.sleep(NO_BUFFER_WAIT_S)
 
     async def _receive_replies(self) -> None:
         """Until the pseudo-process has ended, or `aclose` was called."""
@@ -281,9 +298,6 @@ class Reservoir:
             self._slots.release()
             if code == 0 and request.unwanted:
                 self._undo(request)
-        elif code:
-            # Still there, as far as anybody knows: not to be handed out again.
-            self.states.mark(request.frames, FrameState.RESERVED)
         request.done.set()
 
     def _fail_all(self, failure: ReservoirError) -> None:
