@@ -138,6 +138,24 @@ def test_refaulting_keeps_all_cache_in_calm_and_not_when_short() -> None:
     assert _decide(memory, 150, SHORT, estimate).pages == pages_of(150 * MIB)
 
 
+def test_refaulting_keeps_cache_even_where_the_demand_is_low() -> None:
+    # The assigned size bounds a demand: it does not bound what the cache is worth
+    estimate = dataclasses.replace(
+        _estimate(MEMORY), demand_bytes=0, recent_refault_bytes=10.0 * MIB
+    )
+    decision = _decide(MEMORY, 200, CALM, estimate)
+    assert bytes_of(decision.pages) <= (256 - 150) * MIB
+    assert decision.reason is RefusalReason.REFAULTING
+
+
+def test_figures_that_do_not_fit_together_are_read_as_more_in_use() -> None:
+    # lists read after usage: by them 10 MiB are in use, by the anonymous figures 130
+    odd = _changed(inactive_file_bytes=140 * MIB, active_file_bytes=0, anon_bytes=120 * MIB)
+    decision = _decide(odd, 200, SHORT)
+    assert bytes_of(decision.pages) <= (256 - 130) * MIB
+    assert decision.reason is RefusalReason.WORKING_SET
+
+
 def test_a_swapping_guest_gives_nothing() -> None:
     memory = _changed(swap_used_bytes=20 * MIB)
     estimate = next_estimate(_estimate(MEMORY), memory, 0.25, ASSIGNED)

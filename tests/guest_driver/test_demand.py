@@ -112,6 +112,14 @@ def test_a_few_refaults_are_noise() -> None:
     assert estimate.demand_bytes == calm.demand_bytes
 
 
+def test_counters_of_a_new_cgroup_start_afresh() -> None:
+    old = _settled(dataclasses.replace(CALM, refault_bytes_total=GIB, oom_kills_total=3))
+    new = next_estimate(old, CALM, old.clock_s + 0.25, GIB)
+    assert new.recent_refault_bytes >= 0
+    back = dataclasses.replace(CALM, refault_bytes_total=20 * MIB)
+    assert next_estimate(new, back, new.clock_s + 0.25, GIB).is_refaulting
+
+
 def test_anonymous_growth_counts_ahead_at_the_limit_only() -> None:
     grown = dataclasses.replace(CALM, anon_bytes=80 * MIB)
     calm = _settled(CALM)
