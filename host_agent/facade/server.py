@@ -83,6 +83,7 @@ async def _serve_on(
     config.backlog = _BACKLOG
     config.accesslog = None
     config.errorlog = _LOG
+    _LOG.setLevel(logging.WARNING)  # the ASGI server's greeting is no news to the agent's log
     config.graceful_timeout = GRACE_S
     config.include_server_header = False
     application: Any = app

@@ -1,5 +1,6 @@
 """The control socket's life: mode, a living owner, a dead one's file, the end."""
 
+import logging
 import os
 import socket
 import stat
@@ -26,6 +27,15 @@ def test_it_is_private_and_gone_at_the_end(path: Path) -> None:
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         assert is_answered(path)
     assert not path.exists()
+
+
+def test_a_quiet_life_leaves_nothing_in_the_log(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    with served(NumbersAgent(), path), AgentClient(path) as client:
+        client.vms()
+    assert [record for record in caplog.records if record.name.startswith("memballoon")] == []
 
 
 def test_no_child_inherits_it(path: Path) -> None:
