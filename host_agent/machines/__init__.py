@@ -3,5 +3,6 @@
 base         what a backend gives: MachineSpec, Machine, MachineBackend, MachineError
 process      mock VMs as process trees in namespaces of their own
 init_script  the shell scripts that set one up and are its process 1
+file_tree    the files that one sees
 identity     processes that are nobody's child: by pid and start time, through pidfds
 """

@@ -5,8 +5,8 @@ tens of milliseconds, and its init has 0.1 MiB of its own):
 
 supervisor  on the host, in the driver's cgroup: makes the namespaces, waits for their end, and
             writes down the exit status. It outlives the agent.
-setup       first process of the pid namespace, still with all rights: builds the VM's file tree
-            beside the host's, changes into it, gives up every capability but IPC_LOCK.
+setup       first process of the pid namespace, still with all rights: mounts the VM's file tree
+            (see file_tree.py), changes into it, gives up every capability but IPC_LOCK.
 init        what setup becomes: runs the driver (again and again) and the workload, reaps orphans,
             ends with the workload. It has moved the workload into its own cgroup before the
             workload's program is loaded, so nothing of it is charged to the driver.
@@ -14,39 +14,24 @@ init        what setup becomes: runs the driver (again and again) and the worklo
 On descriptor 3 the launching agent hears "pid N", then "failed TEXT" or "ready". Descriptor 4 is
 the workload's cgroup.procs, opened while the host's files could still be seen. Both are closed
 before anything of the guest runs.
-
-The file tree: the host's root without what is mounted on it, read-only; more mounts read-only where
-asked for; /proc, /sys, /dev, /run of its own; the VM's disk at /var/tmp and /tmp. It is entered by
-pivot_root and the host's tree is unmounted, so there is nothing beneath to be uncovered.
 """
 
 import re
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 from host_agent.machines.base import MachineSpec
-
-ROOT_DIR: Final = ".root"
-"""Where the VM's tree is put together; an empty directory to everybody else."""
-
-EXIT_FILE: Final = ".exit"
 
 RESPAWN_DELAY_S: Final = 1
 """A driver that can't start must not eat the processor."""
 
-OWN_TREES: Final = tuple(
-    map(Path, ("/proc", "/sys", "/dev", "/run", "/var/run", "/tmp", "/var/tmp"))
-)
-"""Where the VM has something else than the host."""
-
-_SUPERVISOR: Final = """
+_SUPERVISE: Final = """
 exec 3>&1 1>&2
 echo $$ >@DRIVER_PROCS@ || { echo "failed can't join the driver's cgroup" >&3; exit 125; }
 unshare --mount --propagation private --pid --fork --kill-child --ipc --uts --net \
-    -- sh -c @SETUP@ memballoon-setup 4>@WORKLOAD_PROCS@
+    -- sh @SETUP_FILE@ 4>@WORKLOAD_PROCS@
 echo $? >@EXIT_FILE@
 """
 
@@ -58,44 +43,14 @@ echo "pid $pid" >&3
 
 echo @NAME@ >/proc/sys/kernel/hostname
 ip link set lo up 2>/dev/null || :
-
-root=@ROOT@
-mount --bind -o ro,nodev,nosuid / "$root"
-@READ_ONLY_MOUNTS@
-mount -t proc -o nodev,nosuid,noexec proc "$root/proc"
-# Root may write here without any capability, and would change the host.
-for name in sys sysrq-trigger irq bus fs; do
-    [ ! -e "$root/proc/$name" ] || mount --bind -o ro "$root/proc/$name" "$root/proc/$name"
-done
-mount -t sysfs -o ro,nodev,nosuid,noexec sysfs "$root/sys"
-mount --bind -o ro @CGROUP@ "$root/sys/fs/cgroup"
-
-# A device of the host's could be opened by root without any capability, the disk included.
-mount -t tmpfs -o mode=755,nosuid,noexec dev "$root/dev"
-for name in null zero full random urandom tty; do
-    : >"$root/dev/$name"
-    mount --bind "/dev/$name" "$root/dev/$name"
-done
-mkdir -m 1777 "$root/dev/shm"
-ln -s /proc/self/fd "$root/dev/fd"
-ln -s fd/0 "$root/dev/stdin"
-ln -s fd/1 "$root/dev/stdout"
-ln -s fd/2 "$root/dev/stderr"
-
-mount -t tmpfs -o mode=755,nodev,nosuid run "$root/run"
-mkdir "$root/run/host"
-mount --bind -o nodev,nosuid @DISK@ "$root/var/tmp"
-mount --bind -o nodev,nosuid @DISK@/tmp "$root/tmp"
-@LATER_MOUNTS@
-printf %s @INIT@ >"$root/run/init"
-
-cd "$root"
-pivot_root . run/host
-umount -l /run/host
-rmdir /run/host
+# Without mtab, mount and umount leave no /run/mount behind, on whichever /run it would be.
+mount --no-mtab --all --fstab @FSTAB_FILE@
+cd @ROOT@
+pivot_root . dev/shm
+umount --no-mtab --lazy /dev/shm
 cd /
 exec setpriv --bounding-set=-all,+ipc_lock --inh-caps=-all --ambient-caps=-all --clear-groups \
-    --no-new-privs -- sh /run/init
+    --no-new-privs -- sh @INIT_FILE@
 """
 
 _INIT: Final = """
@@ -145,67 +100,79 @@ done &
 
 
 @dataclass(frozen=True, slots=True)
-class FileTree:
-    """What else of the host's files a mock VM sees or does not see."""
+class Workshop:
+    """The backend's own files of one mock VM, in its socket directory: they end with that."""
 
-    read_only: tuple[Path, ...] = ()
-    """Directories shown read-only at their own place: other file systems, or parts of OWN_TREES."""
-    hidden: tuple[Path, ...] = ()
-    """Directories that are empty inside."""
+    directory: Path
+    """The host's path. The VM sees it too, read-only; there is nothing in it that it may not."""
+
+    @classmethod
+    def of(cls, socket_dir: Path) -> Self:
+        """That of the mock VM with this socket directory."""
+        return cls(socket_dir / ".vm")
+
+    @property
+    def root(self) -> Path:
+        """Where the VM's tree is put together; an empty directory to everybody else."""
+        return self.directory / "root"
+
+    @property
+    def dev(self) -> Path:
+        """What becomes its /dev."""
+        return self.directory / "dev"
+
+    @property
+    def exit_file(self) -> Path:
+        """The exit status, written by the supervisor at the end."""
+        return self.directory / "exit"
+
+    @property
+    def supervise_file(self) -> Path:
+        """Script of the first stage."""
+        return self.directory / "supervise"
+
+    @property
+    def setup_file(self) -> Path:
+        """Script of the second stage."""
+        return self.directory / "setup"
+
+    @property
+    def init_file(self) -> Path:
+        """Script of the third stage."""
+        return self.directory / "init"
+
+    @property
+    def fstab_file(self) -> Path:
+        """All mounts of the VM, in order: one process makes them all."""
+        return self.directory / "fstab"
 
 
-def supervisor_script(spec: MachineSpec, tree: FileTree) -> str:
-    """The whole, for `sh -c`: its stdout is what the agent hears, its stderr the log."""
-    return _fill(
-        _SUPERVISOR,
+def write_scripts(spec: MachineSpec) -> None:
+    """Write the three scripts into the workshop, which exists. Raises OSError."""
+    shop = Workshop.of(spec.socket_dir)
+    supervise = _fill(
+        _SUPERVISE,
         DRIVER_PROCS=_quote(spec.driver_procs),
         WORKLOAD_PROCS=_quote(spec.workload_procs),
-        EXIT_FILE=_quote(spec.socket_dir / EXIT_FILE),
-        SETUP=shlex.quote(_setup_script(spec, tree)),
+        EXIT_FILE=_quote(shop.exit_file),
+        SETUP_FILE=_quote(shop.setup_file),
     )
-
-
-def is_own_tree(path: Path) -> bool:
-    """Whether the VM has something of its own where the host has `path`."""
-    return any(path.is_relative_to(own) for own in OWN_TREES)
-
-
-def _setup_script(spec: MachineSpec, tree: FileTree) -> str:
-    early = [_bind(path) for path in tree.read_only if not is_own_tree(path)]
-    later = [_bind(path) for path in tree.read_only if is_own_tree(path)]
-    later += [
-        f'[ ! -d "$root"{_quote(path)} ] || '
-        f'mount -t tmpfs -o ro,mode=755,size=4k hidden "$root"{_quote(path)}'
-        for path in tree.hidden
-    ]
-    # Last: the agent's run directory may lie in a directory that is shown or hidden.
-    later.append(_bind(spec.socket_dir, spec.run_dir))
-    return _fill(
+    setup = _fill(
         _SETUP,
         NAME=shlex.quote(spec.name),
-        ROOT=_quote(spec.socket_dir / ROOT_DIR),
-        CGROUP=_quote(spec.cgroup_dir),
-        DISK=_quote(spec.disk_dir),
-        READ_ONLY_MOUNTS="\n".join(early),
-        LATER_MOUNTS="\n".join(later),
-        INIT=shlex.quote(_init_script(spec)),
+        ROOT=_quote(shop.root),
+        FSTAB_FILE=_quote(shop.fstab_file),
+        # The VM sees its socket directory where the agent's run directory is.
+        INIT_FILE=_quote(Workshop.of(spec.run_dir).init_file),
     )
-
-
-def _init_script(spec: MachineSpec) -> str:
     loop = ""
     if spec.driver_argv:
-        loop = _fill(_DRIVER_LOOP, DRIVER=_join(spec.driver_argv), DELAY=str(RESPAWN_DELAY_S))
-    return _fill(_INIT, COMMAND=_join(spec.command), DRIVER_LOOP=loop)
-
-
-def _bind(source: Path, place: Path | None = None) -> str:
-    """Shell line that shows `source` read-only at `place` inside."""
-    target = f'"$root"{_quote(place or source)}'
-    return (
-        f"[ -e {target} ] || mkdir -p {target}\n"
-        f"mount --bind -o ro,nodev,nosuid {_quote(source)} {target}"
-    )
+        driver = shlex.join(spec.driver_argv)
+        loop = _fill(_DRIVER_LOOP, DRIVER=driver, DELAY=str(RESPAWN_DELAY_S))
+    init = _fill(_INIT, COMMAND=shlex.join(spec.command), DRIVER_LOOP=loop)
+    shop.supervise_file.write_text(supervise, encoding="utf-8")
+    shop.setup_file.write_text(setup, encoding="utf-8")
+    shop.init_file.write_text(init, encoding="utf-8")
 
 
 def _fill(template: str, **values: str) -> str:
@@ -215,7 +182,3 @@ def _fill(template: str, **values: str) -> str:
 
 def _quote(path: Path) -> str:
     return shlex.quote(str(path))
-
-
-def _join(argv: Sequence[str]) -> str:
-    return shlex.join(argv)

@@ -14,16 +14,15 @@ import re
 import signal
 import subprocess
 from collections.abc import AsyncIterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import trio
 
 from host_agent.machines.base import ExitStatus, MachineError, MachineSpec
-from host_agent.machines.file_tree import host_tree, interpreter_dirs
+from host_agent.machines.file_tree import interpreter_dirs, prepare, write_fstab
 from host_agent.machines.identity import ProcessHandle, boot_id
-from host_agent.machines.init_script import EXIT_FILE, ROOT_DIR, supervisor_script
+from host_agent.machines.init_script import Workshop, write_scripts
 from protocol.vocabulary import one_line
 
 LAUNCH_DEADLINE_S: Final = 20.0
@@ -121,7 +120,7 @@ class ProcessMachine:
             return
         if self._child is not None:
             self._child.wait()
-        self._status = _read_status(self._socket_dir / EXIT_FILE)
+        self._status = _read_status(Workshop.of(self._socket_dir).exit_file)
         self._init.close()
         if self._supervisor is not None:
             self._supervisor.close()
@@ -145,10 +144,8 @@ class ProcessBackend:
     async def launch(self, spec: MachineSpec) -> ProcessMachine:
         """See `MachineBackend.launch`."""
         _check(spec)
-        script = supervisor_script(spec, host_tree(_mountinfo(), self._hidden, self._shown))
         try:
-            _make_directories(spec)
-            child, heard_fd = await trio.to_thread.run_sync(partial(_spawn, spec, script))
+            child, heard_fd = await trio.to_thread.run_sync(self._start, spec)
         except OSError as error:
             raise MachineError(f"{spec.name} can't be started: {error}") from error
         async with _killed_on_failure(child, spec):
@@ -184,6 +181,14 @@ class ProcessBackend:
             return None
         return ProcessMachine(name, socket_dir, init, ProcessHandle.find(*supervisor), None)
 
+    def _start(self, spec: MachineSpec) -> tuple[subprocess.Popen[bytes], int]:
+        """Write the VM's files and start its supervisor; see `_spawn`."""
+        prepare(spec)
+        mountinfo = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace")
+        write_fstab(spec, mountinfo, self._hidden, self._shown)
+        write_scripts(spec)
+        return _spawn(spec)
+
 
 def _check(spec: MachineSpec) -> None:
     if not _NAME.fullmatch(spec.name):
@@ -194,28 +199,13 @@ def _check(spec: MachineSpec) -> None:
         raise MachineError(f"{spec.name}: a command can't contain a null character")
 
 
-def _mountinfo() -> str:
-    return Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace")
-
-
-def _make_directories(spec: MachineSpec) -> None:
-    (spec.socket_dir / ROOT_DIR).mkdir(mode=0o700, parents=True, exist_ok=True)
-    (spec.socket_dir / EXIT_FILE).unlink(missing_ok=True)
-    spec.disk_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    spec.log_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    scratch = spec.disk_dir / "tmp"
-    scratch.mkdir(exist_ok=True)
-    for shared in (spec.disk_dir, scratch):
-        shared.chmod(0o1777)
-
-
-def _spawn(spec: MachineSpec, script: str) -> tuple[subprocess.Popen[bytes], int]:
+def _spawn(spec: MachineSpec) -> tuple[subprocess.Popen[bytes], int]:
     """Start the supervisor; the descriptor is what it is heard on, ours to close."""
     heard_fd, told_fd = os.pipe2(os.O_CLOEXEC)
     try:
         with spec.log_path.open("ab") as log:
             child = subprocess.Popen(
-                ("/bin/sh", "-c", script, f"memballoon-{spec.name}"),
+                ("/bin/sh", str(Workshop.of(spec.socket_dir).supervise_file)),
                 stdin=subprocess.DEVNULL,
                 stdout=told_fd,
                 stderr=log,
@@ -268,7 +258,7 @@ async def _killed_on_failure(
             supervisor.close()
             child.wait()
             with trio.move_on_after(KILL_DEADLINE_S):
-                while any(map(_has_processes, (spec.driver_procs, spec.workload_procs))):  # noqa: ASYNC110
+                while any(map(_has_processes, (spec.driver_procs, spec.workload_procs))):
                     await trio.sleep(EMPTY_WATCH_S)
         raise
 
