@@ -215,7 +215,12 @@ class Program:
             script = 'echo $$ > "$0/cgroup.procs" && exec "$@"'
             command = ["sh", "-c", script, str(cgroup), *command]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        self.connection = wait_for(self._connect)
+        try:
+            self.connection = wait_for(self._connect)
+        except BaseException:
+            self.process.kill()
+            self.process.wait()
+            raise
         self.lines = self.connection.makefile("rw")
 
     def _connect(self) -> socket.socket | None:
