@@ -27,18 +27,15 @@ from host_agent.quota.base import (
     SETTLE_TIMEOUT_S,
     DryState,
     Part,
-    QuotaBackend,
     QuotaReading,
     VmQuota,
     check_limit,
-    check_name,
     check_within,
 )
 from host_agent.quota.cgroup1_room import LIMIT, USAGE, Cgroup1Room
 from host_agent.quota.cgroup_tree import (
     POLL_INTERVAL_S,
     kill_below,
-    names_below,
     pids_below,
     remove_tree,
     subtree,
@@ -48,9 +45,7 @@ from host_agent.quota.control_file import ControlFile, parse_counters
 from host_agent.quota.errors import (
     LimitRefused,
     QuotaError,
-    QuotaUnavailable,
     StillBusy,
-    VmExists,
     VmGone,
 )
 from host_agent.quota.raise_guard import RaiseGuard
@@ -67,7 +62,7 @@ class Cgroup1Quota(VmQuota):
         workload, driver = directory / Part.WORKLOAD, directory / Part.DRIVER
         self._guard = RaiseGuard()
         self._event_fd: int | None = None
-        self._kills_seen: dict[int, int] = {}  # by inode: a nested cgroup may go, its kills stay
+        self._nested_kills: dict[int, int] = {}  # by inode: such a cgroup may go, its kills stay
         with ExitStack() as opened:
 
             def control(path: Path, *, writable: bool = False) -> ControlFile:
@@ -83,6 +78,11 @@ class Cgroup1Quota(VmQuota):
             self._workload_usage = control(workload / USAGE)
             self._driver_usage = control(driver / USAGE)
             self._oom_control = control(workload / OOM_CONTROL, writable=True)
+            self._oom_counters = (
+                control(directory / OOM_CONTROL),
+                control(driver / OOM_CONTROL),
+                self._oom_control,
+            )
             # Absent where the kernel doesn't account for swap.
             self._vm_memsw = optional(directory / MEMSW_LIMIT)
             self._workload_memsw = optional(workload / MEMSW_LIMIT)
@@ -184,12 +184,16 @@ class Cgroup1Quota(VmQuota):
     @property
     def oom_kills_total(self) -> int:
         """Sum over all cgroups of the VM, those gone since the last look included."""
-        # Each cgroup counts its own alone: the sum over all of them, seen so far, is the VM's.
-        for path in subtree(self.directory):
-            with suppress(FileNotFoundError, OSError):
-                counters = parse_counters((path / OOM_CONTROL).read_text())
-                self._kills_seen[path.stat().st_ino] = counters.get("oom_kill", 0)
-        return sum(self._kills_seen.values())
+        # Each cgroup counts its own alone. Nested ones are rare, and may go.
+        own = sum(parse_counters(file.read())["oom_kill"] for file in self._oom_counters)
+        for part in Part:
+            for path in subtree(self.directory / part):
+                if path.name == part and path.parent == self.directory:
+                    continue
+                with suppress(OSError):
+                    counters = parse_counters((path / OOM_CONTROL).read_text())
+                    self._nested_kills[path.stat().st_ino] = counters.get("oom_kill", 0)
+        return own + sum(self._nested_kills.values())
 
     def processes(self, part: Part) -> tuple[int, ...]:
         """Read from cgroup.procs of the part and all below it."""
@@ -231,63 +235,6 @@ class Cgroup1Quota(VmQuota):
         """A make_room under way gives up at its next step; waits for that."""
         self._guard.close(self._files.close)
         self._event_fd = None
-
-
-class Cgroup1Backend(QuotaBackend):
-    """All VMs below one directory of a version 1 memory hierarchy."""
-
-    cgroup_version = 1
-
-    def prepare(self) -> None:
-        """Make the root directory; its parent must be in a hierarchy that adds up."""
-        try:
-            self.root.mkdir(exist_ok=True)
-            hierarchical = (self.root / "memory.use_hierarchy").read_text().strip()
-        except OSError as error:
-            raise QuotaUnavailable(
-                f"cannot make {self.root} ({error.strerror}): run as root on a mounted memory "
-                f"hierarchy that is writable"
-            ) from error
-        if hierarchical != "1":
-            raise QuotaUnavailable(
-                f"{self.root} does not add up its children: write 1 to memory.use_hierarchy above"
-            )
-
-    def create(self, name: str, quota_bytes: int, overhead_bytes: int) -> VmQuota:
-        """Directory, limit, directories, limit; undone on failure."""
-        directory = self.root / check_name(name)
-        vm_limit_bytes = check_limit(quota_bytes) + check_limit(overhead_bytes)
-        with ExitStack() as undo:
-            try:
-                directory.mkdir()
-                undo.callback(remove_tree, directory, time.monotonic() + SETTLE_TIMEOUT_S)
-                (directory / LIMIT).write_text(f"{vm_limit_bytes}")
-                for part in Part:
-                    (directory / part).mkdir()
-                (directory / Part.WORKLOAD / LIMIT).write_text(f"{quota_bytes}")
-                quota = Cgroup1Quota(directory, overhead_bytes)
-            except FileExistsError as error:
-                raise VmExists(
-                    f"{directory} exists: remove that VM first or pick another name"
-                ) from error
-            except OSError as error:
-                raise QuotaError(f"cannot make the cgroups of {name}: {error}") from error
-            undo.pop_all()
-        return quota
-
-    def open_existing(self, name: str, overhead_bytes: int) -> VmQuota:
-        """Open the files of a VM that is there."""
-        return Cgroup1Quota(self.root / check_name(name), overhead_bytes)
-
-    def names(self) -> tuple[str, ...]:
-        """Directories with both parts."""
-        return names_below(self.root)
-
-    def remove_root(self) -> None:
-        """rmdir, unless a VM is left."""
-        if names := self.names():
-            raise StillBusy(f"{self.root} still has VMs, remove them first: {', '.join(names)}")
-        remove_tree(self.root, time.monotonic() + SETTLE_TIMEOUT_S)
 
 
 def _raise(limit: ControlFile, memsw: ControlFile | None, limit_bytes: int) -> None:

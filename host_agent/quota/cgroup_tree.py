@@ -20,18 +20,34 @@ POLL_INTERVAL_S = 0.005
 
 def subtree(directory: Path) -> Iterator[Path]:
     """`directory` and every cgroup below it, parents first; nothing if it is not there."""
-    for path, _, _ in os.walk(directory):
-        yield Path(path)
+    try:
+        links = directory.stat().st_nlink
+    except FileNotFoundError:
+        return
+    yield directory
+    # A directory without directories in it has two links, on cgroups too: spares the listing of
+    # its thirty files, 60 us of the 65 that a look would take.
+    if links != 2:
+        for child in child_directories(directory):
+            yield from subtree(child)
+
+
+def child_directories(directory: Path) -> tuple[Path, ...]:
+    """Directories right below, sorted; none if it is not there."""
+    try:
+        with os.scandir(directory) as entries:
+            names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except FileNotFoundError:
+        return ()
+    return tuple(directory / name for name in sorted(names))
 
 
 def names_below(root: Path) -> tuple[str, ...]:
     """Directories below the root that have both parts of a VM, sorted."""
-    if not root.is_dir():
-        return ()
     return tuple(
-        sorted(
-            entry.name for entry in root.iterdir() if all((entry / part).is_dir() for part in Part)
-        )
+        child.name
+        for child in child_directories(root)
+        if all((child / part).is_dir() for part in Part)
     )
 
 

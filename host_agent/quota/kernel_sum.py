@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from host_agent.quota.base import Part
-from host_agent.quota.cgroup_tree import names_below
+from host_agent.quota.cgroup_tree import child_directories
 from host_agent.quota.control_file import ControlFile
 from host_agent.quota.errors import VmGone
 
@@ -30,7 +30,7 @@ class KernelSumReading:
 
 
 class KernelSum:
-    """Reads all limits below one root again and again; 2 us a VM and pass."""
+    """Reads all limits below one root again and again."""
 
     def __init__(self, root: Path, overhead_bytes: int | Mapping[str, int]) -> None:
         """`overhead_bytes` for all VMs, or for each; a VM that is not named counts in full."""
@@ -55,13 +55,13 @@ class KernelSum:
 
     def _pass(self) -> dict[str, int]:
         quotas: dict[str, int] = {}
-        names = names_below(self._root)
-        for name in set(self._files) - set(names):
+        names = [child.name for child in child_directories(self._root)]
+        for name in set(self._files).difference(names):
             self._forget(name)
         for name in names:
             try:
                 quotas[name] = self._quota_bytes(name)
-            except VmGone:
+            except VmGone:  # or still being made: nobody is in it yet
                 self._forget(name)
         return quotas
 

@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from host_agent.quota.base import VmQuota
-from host_agent.quota.cgroup1 import Cgroup1Backend
+from host_agent.quota.cgroup1_backend import Cgroup1Backend
 from host_agent.quota.cgroup_tree import kill_below, remove_tree, subtree
 from host_agent.quota.detect import MOUNTINFO, memory_mounts
 from host_agent.watchdog_client import WATCHDOG_FILE, Watchdog, WatchdogLost

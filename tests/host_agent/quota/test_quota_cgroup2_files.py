@@ -132,6 +132,8 @@ def test_a_raise_moves_the_soft_wall_of_an_armed_guest(kernel: Kernel) -> None:
     assert kernel.written("memory.high")[1:] == [str(124 * MIB)]
     quota.let_kernel_decide()
     assert kernel.written("memory.high")[2:] == ["max"]
+    quota.raise_quota(160 * MIB)
+    assert kernel.written("memory.high")[3:] == ["max"]
     quota.close()
 
 
