@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from host_agent.quota.base import QuotaBackend, check_name
-from host_agent.quota.cgroup1_backend import Cgroup1Backend
+from host_agent.quota.cgroup1 import Cgroup1Backend
 from host_agent.quota.cgroup2_backend import Cgroup2Backend
 from host_agent.quota.errors import QuotaUnavailable
 

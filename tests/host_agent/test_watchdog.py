@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from host_agent.quota.base import VmQuota
-from host_agent.quota.cgroup1_backend import Cgroup1Backend
+from host_agent.quota.cgroup1 import Cgroup1Backend
 from host_agent.quota.cgroup_tree import kill_below, remove_tree, subtree
 from host_agent.quota.detect import MOUNTINFO, memory_mounts
 from host_agent.watchdog_client import WATCHDOG_FILE, Watchdog, WatchdogLost
@@ -111,7 +111,14 @@ class House:
             with contextlib.suppress(ProcessLookupError):
                 child.send_signal(signal.SIGCONT)
             child.kill()
-        wait_for(self.watchdog_is_gone, "the watchdogs end with their agents")
+        try:
+            wait_for(self.watchdog_is_gone, "the watchdogs end with their agents")
+        finally:
+            for pid in filter(is_alive, self.watchdogs):
+                os.kill(pid, signal.SIGKILL)
+            self.clear_root()
+
+    def clear_root(self) -> None:
         for path in subtree(self.backend.root):
             (path / "memory.oom_control").write_text("0")
         wait_for(lambda: not kill_below(self.backend.root), "all guests are dead")

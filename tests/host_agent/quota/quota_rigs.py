@@ -17,7 +17,7 @@ from uuid import uuid4
 import pytest
 
 from host_agent.quota.base import Part, QuotaBackend, VmQuota
-from host_agent.quota.cgroup1_backend import Cgroup1Backend
+from host_agent.quota.cgroup1 import Cgroup1Backend
 from host_agent.quota.cgroup2_backend import Cgroup2Backend
 from host_agent.quota.cgroup_tree import kill_below, remove_tree, subtree
 from host_agent.quota.detect import MOUNTINFO, memory_mounts

@@ -9,8 +9,7 @@ import pytest
 from quota_rigs import HOLD, CgroupRig, readable, wait_for
 
 from host_agent.quota.base import Part, VmQuota
-from host_agent.quota.cgroup1 import Cgroup1Quota
-from host_agent.quota.cgroup1_backend import Cgroup1Backend
+from host_agent.quota.cgroup1 import Cgroup1Backend, Cgroup1Quota
 from host_agent.quota.control_file import ControlFile
 from host_agent.quota.errors import NoRoom, QuotaError, QuotaUnavailable
 from protocol.units import MIB

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from host_agent.quota.cgroup1_backend import Cgroup1Backend
+from host_agent.quota.cgroup1 import Cgroup1Backend
 from host_agent.quota.cgroup2_backend import Cgroup2Backend
 from host_agent.quota.detect import MOUNTINFO, detect, memory_mounts
 from host_agent.quota.errors import QuotaUnavailable
