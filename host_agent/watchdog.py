@@ -12,8 +12,9 @@ must hand the decision back to the kernel. That is all that happens here:
     SIGTERM                   end, leaving everything as it is
 
 A file run by its path with `python -I -S`: only the standard library, no import of the project,
-so that it stays small (4 MB of its own beside an agent) and can't break with it. It makes no assumption on the cgroup version: to
-release is to write 0 to memory.oom_control (1) or max to memory.high (2), whichever is there.
+so that it stays small (4 MB of its own beside an agent) and can't break with it. It makes no
+assumption on the cgroup version: to release is to write 0 to memory.oom_control (1) or max to
+memory.high (2), whichever is there.
 
 It tells the agent on stdout, a line each: `ready`, and `released` after a silence, since the agent
 must then arm its guests again. Talk to it through watchdog_client.py.
