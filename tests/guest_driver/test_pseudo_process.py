@@ -1,11 +1,14 @@
 """The pseudo-process as its driver and the kernel see it: commands, states, rights, ends."""
 
+import errno
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -115,6 +118,31 @@ def test_impossible_arenas_are_refused() -> None:
     for pages, order in ((0, 0), (-5, 0), (512, 3)):
         with pytest.raises((ValueError, ArenaError), match=r"pages|order"):
             pseudo_process.start(pages, order)
+
+
+def test_a_reply_waits_for_a_message_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What a cgroup at its limit does to a Unix socket; there it can't be had on demand.
+    refusals = [errno.ENOBUFS, errno.ENOBUFS]
+    write = os.write
+
+    def write_or_refuse(fd: int, data: bytes) -> int:
+        if refusals:
+            raise OSError(refusals.pop(), "refused")
+        return write(fd, data)
+
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        monkeypatch.setattr(os, "write", write_or_refuse)
+        pseudo_process._answer(theirs.fileno(), b"reply")
+        assert ours.recv(64) == b"reply"
+        refusals.append(errno.EIO)
+        with pytest.raises(OSError, match="refused"):
+            pseudo_process._answer(theirs.fileno(), b"reply")
+
+
+def test_only_the_main_thread_may_fork_it() -> None:
+    with ThreadPoolExecutor(1) as pool, pytest.raises(RuntimeError, match="main"):
+        pool.submit(pseudo_process.start, PAGES, 0).result()
 
 
 @pytest.mark.effects

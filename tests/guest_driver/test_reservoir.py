@@ -6,17 +6,21 @@ import os
 import random
 import secrets
 import signal
+import socket
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 from real_pages import CGROUP_V1, present, require_root, wait_until
 
 from guest_driver import memory, pseudo_process
 from guest_driver.frame_states import FrameState
 from guest_driver.pseudo_process import PseudoProcess
 from guest_driver.reservoir import (
+    COMMAND_PAGES,
+    RESERVES_UNDER_WAY,
     NoRoom,
     PseudoProcessDied,
     Reservoir,
@@ -91,8 +95,8 @@ def present_in(process: PseudoProcess) -> PageFrames:
 
 
 async def until(predicate: Callable[[], bool]) -> None:
-    """Wait for `predicate`; the test's own deadline bounds it."""
-    while not predicate():  # noqa: ASYNC110 - bytes in shared memory wake nobody
+    """Wait for `predicate` on shared bytes, which wake nobody; the caller's deadline bounds it."""
+    while not predicate():
         await trio.sleep(0.001)
 
 
@@ -236,13 +240,14 @@ def test_wrong_frames_are_refused_before_anything_is_done(
 def test_without_room_everything_is_given_back(
     with_reservoir: Callable[..., None], monkeypatch: pytest.MonkeyPatch, order: int
 ) -> None:
-    """The kernel refuses the arena's last 16 MiB, since they can't be written to."""
-    bad = PageFrames.span(PAGES - 4096, 4096)
+    """The kernel refuses 16 MiB in the second of eight commands: they can't be written to."""
+    pages = 8 * COMMAND_PAGES[order]
+    bad = PageFrames.span(pages // 4 - 4096, 4096)
 
-    def map_with_bad_end(pages: int, frame_order: int) -> memory.Arena:
+    def map_with_bad_part(pages: int, frame_order: int) -> memory.Arena:
         arena = memory.map_arena(pages, frame_order)
         bad_bytes = bad.page_count * PAGE_BYTES
-        address = arena.address + pages * PAGE_BYTES - bad_bytes
+        address = arena.address + int(bad.starts[0]) * PAGE_BYTES
         libc = ctypes.CDLL(None)
         assert libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(bad_bytes), 1) == 0
         return arena
@@ -250,18 +255,18 @@ def test_without_room_everything_is_given_back(
     async def body(reservoir: Reservoir, process: PseudoProcess) -> None:
         kept = PageFrames.span(0, 1024)
         await reservoir.reserve(kept, order)
-        wanted = PageFrames.span(1024, PAGES - 1024)
-        for _ in range(3):
+        wanted = PageFrames.span(1024, pages - 1024)
+        for _ in range(RESERVES_UNDER_WAY + 1):  # no slot may be lost
             with pytest.raises(NoRoom) as raised:
                 await reservoir.reserve(wanted, order)
             assert raised.value.code in errno.errorcode
             assert reservoir.states.frames_in(RESERVED) == kept == present_in(process)
             assert reservoir.states.frames_in(FREE) == wanted
-        await reservoir.reserve(wanted - bad, order)  # no slot was lost
+        await reservoir.reserve(wanted - bad, order)
         assert present_in(process) == kept | (wanted - bad)
 
-    monkeypatch.setattr(pseudo_process, "map_arena", map_with_bad_end)
-    with_reservoir(body, PAGES, order)
+    monkeypatch.setattr(pseudo_process, "map_arena", map_with_bad_part)
+    with_reservoir(body, pages, order)
 
 
 def test_at_the_limit_it_waits_for_room_and_goes_on(
@@ -308,14 +313,22 @@ def dying() -> Iterator[PseudoProcess]:
 
 
 def run_until_it_dies(process: PseudoProcess, body: Body) -> PseudoProcessDied:
-    """What `run` raised, with `body` beside it; `aclose` comes afterwards, as in a driver."""
+    """What `run` raised, with `body` beside it; `aclose` comes afterwards, as in a driver.
+
+    The body goes on when `run` has raised: nobody may be left waiting.
+    """
+
+    async def go_on(reservoir: Reservoir) -> None:
+        with trio.fail_after(DEADLINE_S) as scope:
+            scope.shield = True
+            await body(reservoir, process)
 
     async def main() -> list[BaseException]:
         reservoir = Reservoir(process)
         try:
             with trio.fail_after(DEADLINE_S):
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(body, reservoir, process)
+                    nursery.start_soon(go_on, reservoir)
                     nursery.start_soon(reservoir.run)
         except BaseExceptionGroup as group:
             return list(group.exceptions)
@@ -389,6 +402,37 @@ def test_closing_wakes_everybody_and_reaps(dying: PseudoProcess) -> None:
     assert dying.states.closed
     with pytest.raises(ProcessLookupError):
         os.kill(dying.pid, 0)
+
+
+def test_closing_while_commands_wait_to_be_sent(dying: PseudoProcess) -> None:
+    async def main() -> None:
+        reservoir = Reservoir(dying)
+        dying.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the least there is
+
+        async def drop() -> None:
+            with pytest.raises(ReservoirClosed):
+                await reservoir.release(PageFrames.span(0, PAGES), FREE)
+
+        with trio.fail_after(DEADLINE_S):
+            async with trio.open_nursery() as nursery:
+                await nursery.start(reservoir.run)
+                await reservoir.reserve(PageFrames.span(0, PAGES), 0)
+                os.kill(dying.pid, signal.SIGSTOP)
+                nursery.start_soon(drop)
+                await trio.testing.wait_all_tasks_blocked()
+                await reservoir.aclose()
+
+    trio.run(main)
+
+
+def test_closing_what_never_ran(dying: PseudoProcess) -> None:
+    async def main() -> None:
+        reservoir = Reservoir(dying)
+        await reservoir.aclose()
+        with pytest.raises(ReservoirClosed):
+            await reservoir.reserve(PageFrames.span(0, 1), 0)
+
+    trio.run(main)
 
 
 def test_closing_leaves_no_zombie_when_cancelled(dying: PseudoProcess) -> None:
