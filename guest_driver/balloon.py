@@ -127,6 +127,15 @@ def decide(
     return Decision(pages, found.reason, found.detail)
 
 
+def most_to_give_bytes(
+    memory: GuestMemory, estimate: DemandEstimate, current_pages: int, assigned_bytes: int
+) -> int:
+    """What the guest would give now if memory were short, floor included: for the vitals."""
+    found = spare(memory, estimate, current_pages, assigned_bytes, Urgency.SHORT)
+    quota_bytes = _quota_bytes(memory, current_pages, assigned_bytes)
+    return max(0, min(found.spare_bytes, quota_bytes - floor_bytes(assigned_bytes)))
+
+
 def spare(
     memory: GuestMemory,
     estimate: DemandEstimate,

@@ -59,7 +59,7 @@ AT_LIMIT_SHARE: Final = 0.985
 GROWTH_LOOKAHEAD_S: Final = 2.0
 """How far anonymous growth is projected: a round of target, offer and grant, with reserve."""
 
-DEMAND_HALF_LIFE_S: Final = 10.0
+DEMAND_HALF_LIFE_S: Final = 5.0
 """Half of what was needed and is not any more is forgotten in this time."""
 
 OOM_KILL_CAUTION_S: Final = 30.0

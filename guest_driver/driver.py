@@ -17,7 +17,7 @@ from typing import Final
 
 import trio
 
-from guest_driver.balloon import Decision, Wish, decide, spare
+from guest_driver.balloon import Decision, Wish, decide, most_to_give_bytes
 from guest_driver.demand import DemandEstimate, next_estimate
 from guest_driver.frame_states import FrameState
 from guest_driver.pseudo_process import PseudoProcess
@@ -53,7 +53,6 @@ from protocol.vocabulary import (
     SUPPORTED_FEATURES,
     RefusalReason,
     Role,
-    Urgency,
     one_line,
 )
 
@@ -332,8 +331,8 @@ class Conversation:
             memory, estimate = self._driver.look()
             actual_pages = self._reservoir.states.count(FrameState.CLAIMED)
             assigned_bytes = bytes_of(self._config.assigned_pages)
-            found = spare(memory, estimate, actual_pages, assigned_bytes, Urgency.SHORT)
-            await channel.send(_vitals(memory, estimate, found.spare_bytes))
+            could_give = most_to_give_bytes(memory, estimate, actual_pages, assigned_bytes)
+            await channel.send(_vitals(memory, estimate, could_give))
             await trio.sleep(interval_s)
 
 

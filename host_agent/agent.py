@@ -494,13 +494,12 @@ async def running(config: Config, *, die_with_agent: bool = False) -> AsyncItera
                 remove_paths=(host.run_dir, host.state_dir) if die_with_agent else (),
                 on_released=agent.rearm_all,
             )
-            async with watchdog:
-                async with trio.open_nursery() as workers:
-                    await workers.start(agent.run)
-                    yield agent
-                    if host.on_exit == "keep" and not die_with_agent:
-                        agent.keep_vms()
-                    workers.cancel_scope.cancel()
+            async with watchdog, trio.open_nursery() as workers:
+                await workers.start(agent.run)
+                yield agent
+                if host.on_exit == "keep" and not die_with_agent:
+                    agent.keep_vms()
+                workers.cancel_scope.cancel()
             nursery.cancel_scope.cancel()
     finally:
         with contextlib.suppress(QuotaError):

@@ -37,7 +37,7 @@ FIRST_REFUSAL_PAUSE_S: Final = 0.25
 LONGEST_REFUSAL_PAUSE_S: Final = 4.0
 """A guest that refused is asked again after a pause that doubles: its state has to change first."""
 
-URGENT_AFTER_S: Final = 1.0
+URGENT_AFTER_S: Final = 0.25
 """A guest that has waited so long for what it is entitled to makes the matter urgent: then the
 others give up page cache as well."""
 
@@ -96,16 +96,15 @@ class Balancer:
         if guest.phase is Phase.PENDING:
             return Observation(demand_pages=pages_of(guest.spec.startup_bytes))
         vitals = guest.vitals
-        demand = None if vitals is None else vitals.demand_bytes
-        working_set = None if vitals is None else vitals.working_set_bytes
-        demand_pages = None if demand is None else pages_of(demand)
+        demand_pages = None if vitals is None else _pages_or_none(vitals.demand_bytes)
         if now_s - guest.dry_s < DRY_MEMORY_S:
             # Its statistics are older than its trouble: it needs more than it has.
             quota = self.ledger.view(guest.name).quota_pages
             demand_pages = max(demand_pages or 0, quota + DEMAND_STEP_PAGES)
         return Observation(
             demand_pages=demand_pages,
-            working_set_pages=None if working_set is None else pages_of(working_set),
+            working_set_pages=None if vitals is None else _pages_or_none(vitals.working_set_bytes),
+            spare_pages=None if vitals is None else _pages_or_none(vitals.spare_bytes),
             movable=guest.phase is Phase.RUNNING
             and guest.session is not None
             and guest.stuck_times < UNCOOPERATIVE_AFTER,
@@ -237,8 +236,7 @@ class Balancer:
 
     def vitals_came(self, guest: Guest) -> None:
         """Plan if the guest needs markedly more or less than the last plan knew."""
-        demand = None if guest.vitals is None else guest.vitals.demand_bytes
-        demand_pages = None if demand is None else pages_of(demand)
+        demand_pages = None if guest.vitals is None else _pages_or_none(guest.vitals.demand_bytes)
         known = guest.planned_demand_pages
         if demand_pages is None:
             return
@@ -247,7 +245,7 @@ class Balancer:
             self.replan()
 
     def inflation_ended(self, guest: Guest, claimed_pages: int) -> None:
-        """An attempt is over; after one that brought nothing the guest is left alone for a while."""
+        """An attempt is over; one that brought nothing is followed by a pause."""
         if claimed_pages:
             guest.refusals = 0
         else:
@@ -271,3 +269,7 @@ class Balancer:
 
     def _whole_frames(self, guest: Guest, pages: int) -> int:
         return pages - pages % self._frame_pages(guest)
+
+
+def _pages_or_none(size_bytes: int | None) -> int | None:
+    return None if size_bytes is None else pages_of(size_bytes)

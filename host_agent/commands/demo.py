@@ -29,7 +29,7 @@ INTERRUPTED = 130
     type=click.Choice(sorted(SCENARIOS)),
     default="full",
     show_default=True,
-    help="small: three VMs, for a quick look.",
+    help="small: four VMs, for a quick look.",
 )
 def demo(as_json: bool, scale: str) -> None:
     """Play the well-known case: more memory promised than there is.

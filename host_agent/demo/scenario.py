@@ -65,16 +65,16 @@ class Scenario:
 
     @classmethod
     def small(cls) -> Self:
-        """The same with three VMs of 128 MiB, for a test: overcommitted 1.33 times as well."""
+        """The same with four VMs of 128 MiB, for a test or a quick look."""
         return cls(
-            pool_bytes=288 * MIB,
-            reserve_bytes=16 * MIB,
-            vms=3,
+            pool_bytes=408 * MIB,
+            reserve_bytes=20 * MIB,
+            vms=4,
             assigned_bytes=128 * MIB,
-            reservation_bytes=56 * MIB,
-            startup_bytes=64 * MIB,
+            reservation_bytes=72 * MIB,
+            startup_bytes=72 * MIB,
             calm=Appetite(24 * MIB, 20 * MIB),
-            grown=Appetite(60 * MIB, 50 * MIB),
+            grown=Appetite(50 * MIB, 50 * MIB),
             crowded=Appetite(40 * MIB, 60 * MIB),
         )
 

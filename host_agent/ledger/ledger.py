@@ -151,6 +151,7 @@ class Ledger:
                     lent_pages=account.lent_pages,
                     demand_pages=seen.demand_pages,
                     working_set_pages=seen.working_set_pages,
+                    spare_pages=seen.spare_pages,
                     movable=seen.movable,
                     pinned_pages=seen.pinned_pages,
                 )

@@ -16,6 +16,8 @@ class Observation:
     """What it needs to run without pressure: the driver's estimate."""
     working_set_pages: int | None = None
     """Memory in recent use: the driver's estimate."""
+    spare_pages: int | None = None
+    """What it could give up of its quota if it had to: the driver's estimate."""
     movable: bool = True
     """False for a guest whose quota the policy can't change: no driver connected, or stuck."""
     pinned_pages: int | None = None
@@ -42,6 +44,7 @@ class GuestSnapshot:
     """How much of the quota comes out of the host reserve and is owed."""
     demand_pages: int | None = None
     working_set_pages: int | None = None
+    spare_pages: int | None = None
     movable: bool = True
     pinned_pages: int | None = None
 

@@ -8,6 +8,10 @@
 
 Guests without shares come last, in both cases: they get what the others leave.
 
+What a guest says that it can't spare is not taken from it, since the guest decides: planning to
+take it would only leave others waiting for memory that does not come. Should all of them together
+claim more than there is, that is not believed, and only the reservations are kept.
+
 A guest that can't be moved (no driver connected, or stuck) keeps what it has, and one that the
 operator pinned gets what was asked for; the others share what is left.
 
@@ -16,6 +20,7 @@ owed to the host reserve, the plan is to keep everything as it is, so that a noi
 make memory wander. A pin and a reservation are promises and not estimates: they are kept exactly.
 """
 
+from collections.abc import Callable
 from typing import Final
 
 from host_agent.ledger.snapshot import GuestSnapshot, HostSnapshot
@@ -37,8 +42,8 @@ def plan(snapshot: HostSnapshot) -> Plan:
         g.name: _within(g, g.pinned_pages) for g in snapshot.guests if g.pinned_pages is not None
     }
     stuck = {g.name: g.quota_pages for g in snapshot.guests if not g.movable}
-    wanted, shortage = _divide(snapshot, pinned | stuck)
-    entitled = _divide(snapshot, pinned)[0] if stuck else wanted
+    wanted, shortage = _divide(snapshot, pinned | stuck, _unsparable_pages)
+    entitled, _ = _divide(snapshot, pinned, lambda guest: guest.reservation_pages)
     kept = {g.name: g.quota_pages for g in snapshot.guests}
     quotas = kept if _is_settled(snapshot, wanted) else wanted
     names = sorted(quotas)
@@ -46,17 +51,32 @@ def plan(snapshot: HostSnapshot) -> Plan:
     return Plan(targets, shortage)
 
 
-def _divide(snapshot: HostSnapshot, fixed: dict[str, int]) -> tuple[dict[str, int], int]:
-    """Quotas by name with those in `fixed` as they are, and the shortage, in pages."""
+def _divide(
+    snapshot: HostSnapshot, fixed: dict[str, int], least: Callable[[GuestSnapshot], int]
+) -> tuple[dict[str, int], int]:
+    """Quotas by name with those in `fixed` as they are, and the shortage, in pages.
+
+    Nobody gets less than its `least`, if all of these fit.
+    """
     others = [g for g in snapshot.guests if g.name not in fixed]
     left = snapshot.shareable_pages - sum(fixed.values())
-    needs = {g.name: _need_pages(g) for g in others}
+    lows = {g.name: least(g) for g in others}
+    if sum(lows.values()) > left:
+        lows = {g.name: g.reservation_pages for g in others}
+    needs = {g.name: max(_need_pages(g), lows[g.name]) for g in others}
     shortage = max(sum(needs.values()) - left, 0)
     if shortage:
-        parts = {g.name: Bounds(g.reservation_pages, needs[g.name], g.shares) for g in others}
+        parts = {g.name: Bounds(lows[g.name], needs[g.name], g.shares) for g in others}
     else:
         parts = {g.name: Bounds(needs[g.name], g.assigned_pages, g.shares) for g in others}
     return fill(left, parts) | fixed, shortage
+
+
+def _unsparable_pages(guest: GuestSnapshot) -> int:
+    """What can't be taken from the guest: its reservation, and what it says that it can't spare."""
+    if guest.spare_pages is None:
+        return guest.reservation_pages
+    return _within(guest, guest.quota_pages - guest.spare_pages)
 
 
 def _within(guest: GuestSnapshot, pages: int) -> int:

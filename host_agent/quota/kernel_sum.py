@@ -1,6 +1,7 @@
 """The kernel's own sum of all quotas, without asking the ledger: for whoever audits it.
 
-Each VM counts with max(W, VM's limit - overhead). The limits of many VMs can't be read at one
+Each VM counts with max(W, VM's limit - overhead); one that has no limit yet and nobody in it
+counts nothing. The limits of many VMs can't be read at one
 instant, and memory that moves from a guest already read to one read later would be seen twice.
 So a pass is repeated until two in a row are equal: then each limit had its value throughout the
 time between them, and their sum was true at that time.
@@ -79,7 +80,11 @@ class KernelSum:
             if isinstance(self._overhead_bytes, int)
             else self._overhead_bytes.get(name, 0)
         )
-        return max(workload_limit.read_bytes_count(), vm_limit.read_bytes_count() - overhead_bytes)
+        workload_bytes, vm_bytes = workload_limit.read_bytes_count(), vm_limit.read_bytes_count()
+        if workload_bytes >= UNLIMITED_BYTES and not pids_below(self._root / name):
+            # Just made, its limits not set yet. With nobody in it, it can use nothing.
+            return 0
+        return max(workload_bytes, vm_bytes - overhead_bytes)
 
     def _forget(self, name: str) -> None:
         for file in self._files.pop(name, ()):

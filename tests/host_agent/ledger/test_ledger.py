@@ -101,13 +101,15 @@ class TestTheBooks:
         ledger = in_debt(a=5)
         ledger.set_reservation("a", 3)
         ledger.set_shares("a", 7)
-        seen = Observation(demand_pages=1, working_set_pages=2, movable=False, pinned_pages=4)
+        seen = Observation(
+            demand_pages=1, working_set_pages=2, spare_pages=3, movable=False, pinned_pages=4
+        )
         assert ledger.snapshot({"a": seen, "gone": seen}) == HostSnapshot(
             pool_pages=100,
             reserve_pages=50,
             guests=(
-                GuestSnapshot("a", 100, 3, 7, 15, 5, 1, 2, False, 4),
-                GuestSnapshot("full", 100, 0, 1, 40, 0, None, None, True, None),
+                GuestSnapshot("a", 100, 3, 7, 15, 5, 1, 2, 3, False, 4),
+                GuestSnapshot("full", 100, 0, 1, 40, 0, None, None, None, True, None),
             ),
         )
 
