@@ -1,9 +1,8 @@
 """The kernel's own sum of all quotas, without asking the ledger: for whoever audits it.
 
 Each VM counts with max(W, VM's limit - overhead); one that has no limit yet and nobody in it
-counts nothing. The limits of many VMs can't be read at one
-instant, and memory that moves from a guest already read to one read later would be seen twice.
-So a pass is repeated until two in a row are equal: then each limit had its value throughout the
+counts nothing. The limits of many VMs can't be read at one instant, and memory that moves from a
+guest already read to one read later would be seen twice. So a pass is repeated until two in a row are equal: then each limit had its value throughout the
 time between them, and their sum was true at that time.
 """
 
@@ -12,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from host_agent.quota.base import Part
-from host_agent.quota.cgroup_tree import child_directories
+from host_agent.quota.base import UNLIMITED_BYTES, Part
+from host_agent.quota.cgroup_tree import child_directories, pids_below
 from host_agent.quota.control_file import ControlFile
 from host_agent.quota.errors import VmGone
 
