@@ -44,14 +44,14 @@ class MachineSpec:
     command: tuple[str, ...]
     """The workload; when it exits, the mock VM ends."""
     socket_dir: Path
-    """Directory of the guest's private channel socket."""
+    """Directory of the guest's private channel socket; a backend may keep small files in it."""
     run_dir: Path
     """The agent's run directory. Inside the mock VM `socket_dir` stands in its place, so that the
     guest sees `<run_dir>/channel.sock` and no other socket of the agent."""
     disk_dir: Path
     """The VM's own writable files: /var/tmp inside; `tmp` in it is its /tmp."""
     log_path: Path
-    """What its processes print. Its other small files stand beside it, with the same stem."""
+    """What its processes print; it is appended to, and nothing bounds it."""
     cgroup_dir: Path
     """The VM's memory cgroup: /sys/fs/cgroup inside, read-only."""
     workload_procs: Path
@@ -88,7 +88,7 @@ class Machine(Protocol):
     async def stop(self, timeout_s: float) -> ExitStatus:
         """Ask the workload to end (SIGTERM); after `timeout_s` kill everything.
 
-        Returns when nothing of it runs any more. Raises MachineError if the kernel does not get
+        Returns when nothing of it runs any more; shield it from cancellation to be sure. Raises MachineError if the kernel does not get
         rid of it. Stopping a mock VM that has ended is no error.
         """
         ...
@@ -98,7 +98,7 @@ class MachineBackend(Protocol):
     """A way of running mock VMs."""
 
     async def launch(self, spec: MachineSpec) -> Machine:
-        """Start a mock VM; returns when its command runs.
+        """Start a mock VM; returns when its command is in its cgroup and about to be executed.
 
         Raises MachineError. When it fails or is cancelled, no process of it is left.
         """

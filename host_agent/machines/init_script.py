@@ -11,9 +11,10 @@ init        what setup becomes: runs the driver (again and again) and the worklo
             ends with the workload. It has moved the workload into its own cgroup before the
             workload's program is loaded, so nothing of it is charged to the driver.
 
-On descriptor 3 the launching agent hears "pid N", then "failed TEXT" or "ready". Descriptor 4 is
-the workload's cgroup.procs, opened while the host's files could still be seen. Both are closed
-before anything of the guest runs.
+On descriptor 3 the launching agent hears "pid N", answers with a line on descriptor 0, and hears
+"ready" or "failed TEXT". Descriptor 4 is the workload's cgroup.procs, opened while the host's files
+could still be seen. On descriptor 5 the init tells the supervisor the workload's exit status at the
+end: it tells nothing if it was killed. None of them reaches the driver or the workload.
 """
 
 import re
@@ -30,9 +31,10 @@ RESPAWN_DELAY_S: Final = 1
 _SUPERVISE: Final = """
 exec 3>&1 1>&2
 echo $$ >@DRIVER_PROCS@ || { echo "failed can't join the driver's cgroup" >&3; exit 125; }
-unshare --mount --propagation private --pid --fork --kill-child --ipc --uts --net \
-    -- sh @SETUP_FILE@ 4>@WORKLOAD_PROCS@
-echo $? >@EXIT_FILE@
+# unshare's own status is of no use: when the init is killed, version 2.38 ends with 1.
+status=$(unshare --mount --propagation private --pid --fork --kill-child --ipc --uts --net \
+    -- sh @SETUP_FILE@ 4>@WORKLOAD_PROCS@ 5>&1 1>&2)
+echo "$status" >@EXIT_FILE@
 """
 
 _SETUP: Final = """
@@ -40,6 +42,9 @@ set -eu
 # /proc is still the host's: so this is our pid as the host sees it.
 read -r pid rest </proc/self/stat
 echo "pid $pid" >&3
+# The agent answers when it has hold of us; without it there shall be no VM.
+read -r answer
+exec </dev/null
 
 echo @NAME@ >/proc/sys/kernel/hostname
 ip link set lo up 2>/dev/null || :
@@ -76,7 +81,7 @@ fi
 (
     echo 0 >&4 || { echo "failed can't join the workload's cgroup" >&3; exit 126; }
     echo ready >&3
-    exec "$@" 3>&- 4>&-
+    exec "$@" 3>&- 4>&- 5>&-
 ) &
 workload=$!
 exec 3>&- 4>&-
@@ -86,8 +91,9 @@ while :; do
     wait "$workload"
     status=$?
     # A signal to us ends the wait as well: then the workload is still there.
-    kill -0 "$workload" 2>/dev/null || exit "$status"
+    kill -0 "$workload" 2>/dev/null || break
 done
+echo "$status" >&5
 """
 
 _DRIVER_LOOP: Final = """
@@ -95,7 +101,7 @@ while :; do
     @DRIVER@
     echo "memballoon: the driver ended ($?), again in @DELAY@ s" >&2
     sleep @DELAY@
-done &
+done 5>&- &
 """
 
 

@@ -23,6 +23,7 @@ from host_agent.machines.base import ExitStatus, MachineError, MachineSpec
 from host_agent.machines.file_tree import interpreter_dirs, prepare, write_fstab
 from host_agent.machines.identity import ProcessHandle, boot_id
 from host_agent.machines.init_script import Workshop, write_scripts
+from host_agent.machines.syscall_filter import call_without_user_namespaces
 from protocol.vocabulary import one_line
 
 LAUNCH_DEADLINE_S: Final = 20.0
@@ -145,25 +146,19 @@ class ProcessBackend:
         """See `MachineBackend.launch`."""
         _check(spec)
         try:
-            child, heard_fd = await trio.to_thread.run_sync(self._start, spec)
+            child = await trio.to_thread.run_sync(self._start, spec)
         except OSError as error:
             raise MachineError(f"{spec.name} can't be started: {error}") from error
         async with _killed_on_failure(child, spec):
-            async with trio.lowlevel.FdStream(heard_fd) as heard:
-                try:
-                    with trio.fail_after(LAUNCH_DEADLINE_S):
-                        init_pid = await _hear(heard, spec)
-                except trio.TooSlowError:
-                    raise MachineError(
-                        f"{spec.name} was not set up in {LAUNCH_DEADLINE_S:g} s"
-                    ) from None
             try:
-                init = ProcessHandle.of(init_pid)
-            except ProcessLookupError:
-                raise MachineError(f"{spec.name} ended at once{_log_tail(spec)}") from None
-            return ProcessMachine(
-                spec.name, spec.socket_dir, init, ProcessHandle.of(child.pid), child
-            )
+                with trio.fail_after(LAUNCH_DEADLINE_S):
+                    init = await _set_up(child, spec)
+            except trio.TooSlowError:
+                raise MachineError(
+                    f"{spec.name} was not set up in {LAUNCH_DEADLINE_S:g} s"
+                ) from None
+            supervisor = ProcessHandle.of(child.pid)
+        return ProcessMachine(spec.name, spec.socket_dir, init, supervisor, child)
 
     async def adopt(self, state: Mapping[str, Any]) -> ProcessMachine | None:
         """See `MachineBackend.adopt`."""
@@ -181,13 +176,14 @@ class ProcessBackend:
             return None
         return ProcessMachine(name, socket_dir, init, ProcessHandle.find(*supervisor), None)
 
-    def _start(self, spec: MachineSpec) -> tuple[subprocess.Popen[bytes], int]:
-        """Write the VM's files and start its supervisor; see `_spawn`."""
+    def _start(self, spec: MachineSpec) -> subprocess.Popen[bytes]:
+        """Write the VM's files and start its supervisor, with pipes to speak with setup."""
         prepare(spec)
         mountinfo = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace")
         write_fstab(spec, mountinfo, self._hidden, self._shown)
         write_scripts(spec)
-        return _spawn(spec)
+        with spec.log_path.open("ab") as log:
+            return call_without_user_namespaces(lambda: _supervisor(spec, log.fileno()))
 
 
 def _check(spec: MachineSpec) -> None:
@@ -199,43 +195,52 @@ def _check(spec: MachineSpec) -> None:
         raise MachineError(f"{spec.name}: a command can't contain a null character")
 
 
-def _spawn(spec: MachineSpec) -> tuple[subprocess.Popen[bytes], int]:
-    """Start the supervisor; the descriptor is what it is heard on, ours to close."""
-    heard_fd, told_fd = os.pipe2(os.O_CLOEXEC)
-    try:
-        with spec.log_path.open("ab") as log:
-            child = subprocess.Popen(
-                ("/bin/sh", str(Workshop.of(spec.socket_dir).supervise_file)),
-                stdin=subprocess.DEVNULL,
-                stdout=told_fd,
-                stderr=log,
-                cwd="/",
-                env={**ENVIRONMENT, **spec.env},
-                start_new_session=True,
-            )
-    except BaseException:
-        os.close(heard_fd)
-        raise
-    finally:
-        os.close(told_fd)
-    return child, heard_fd
+def _supervisor(spec: MachineSpec, log_fd: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        ("/bin/sh", str(Workshop.of(spec.socket_dir).supervise_file)),
+        bufsize=0,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=log_fd,
+        cwd="/",
+        env={**ENVIRONMENT, **spec.env},
+        start_new_session=True,
+    )
 
 
-async def _hear(heard: trio.lowlevel.FdStream, spec: MachineSpec) -> int:
-    """The init's pid, once the mock VM is ready. Raises MachineError."""
+async def _set_up(child: subprocess.Popen[bytes], spec: MachineSpec) -> ProcessHandle:
+    """Speak with setup until the mock VM's command runs; its init. Raises MachineError.
+
+    Setup tells its pid and waits: so the pid is surely its own when it is opened here, however
+    soon the command ends.
+    """
+    assert child.stdin is not None
+    assert child.stdout is not None
+    init: ProcessHandle | None = None
     text = b""
-    while not text.endswith(b"\nready\n"):
-        more = await heard.receive_some(MAX_HEARD_BYTES)
-        text += more
-        if more and len(text) <= MAX_HEARD_BYTES:
-            continue
-        # It has ended: it said why, or the last program to fail did, in the log.
-        _, failed, why = text.decode(errors="replace").partition("failed ")
-        raise MachineError(
-            f"{spec.name} can't be started"
-            + (f": {one_line(why.strip())}" if failed else _log_tail(spec))
-        )
-    return int(text.split()[1])
+    with child.stdin as told, child.stdout as stdout, contextlib.ExitStack() as undo:
+        async with trio.lowlevel.FdStream(os.dup(stdout.fileno())) as heard:
+            while not text.endswith(b"\nready\n"):
+                more = await heard.receive_some(MAX_HEARD_BYTES)
+                text += more
+                if not more or len(text) > MAX_HEARD_BYTES:
+                    break
+                if init is None and text.startswith(b"pid ") and text.endswith(b"\n"):
+                    with contextlib.suppress(ProcessLookupError, BrokenPipeError):
+                        init = ProcessHandle.of(int(text.split()[1]))
+                        undo.callback(init.close)
+                        told.write(b"go\n")
+        if init is None or not text.endswith(b"\nready\n"):
+            raise _start_error(text, spec)
+        undo.pop_all()
+    return init
+
+
+def _start_error(heard: bytes, spec: MachineSpec) -> MachineError:
+    """Why it was not started: what setup said, or the last line of the log."""
+    _, failed, why = heard.decode(errors="replace").partition("failed ")
+    reason = one_line(why.strip()) if failed else _last_line(spec.log_path)
+    return MachineError(f"{spec.name} can't be started: {reason}")
 
 
 @contextlib.asynccontextmanager
@@ -272,23 +277,25 @@ def _has_processes(procs: Path) -> bool:
 
 def _read_status(path: Path) -> ExitStatus:
     try:
-        code = int(path.read_text(encoding="ascii"))
-    except (OSError, ValueError):
+        text = path.read_text(encoding="ascii", errors="replace").strip()
+    except OSError:
         return ExitStatus(detail="exit status unknown: its supervisor was killed")
+    if not text:
+        # The init did not live to tell.
+        return ExitStatus(128 + signal.SIGKILL, "killed as a whole")
+    if not re.fullmatch("[0-9]{1,3}", text):
+        return ExitStatus(detail="exit status unknown: its init tells nonsense")
+    code = int(text)
     if code > 128:
         with contextlib.suppress(ValueError):
             return ExitStatus(code, f"ended by {signal.Signals(code - 128).name}")
     return ExitStatus(code)
 
 
-def _log_tail(spec: MachineSpec) -> str:
-    """The last line of the log, to be put behind a message; empty if there is none."""
-    try:
-        with spec.log_path.open("rb") as log:
-            log.seek(0, os.SEEK_END)
-            log.seek(max(0, log.tell() - LOG_TAIL_BYTES))
-            lines = log.read().decode(errors="replace").split("\n")
-    except OSError:
-        return ""
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-    return f": {last}" if last else ""
+def _last_line(log_path: Path) -> str:
+    """The last line of the log that begins a message (mount indents its advice on the next)."""
+    with log_path.open("rb") as log:
+        log.seek(max(0, log.seek(0, os.SEEK_END) - LOG_TAIL_BYTES))
+        lines = log.read().decode(errors="replace").split("\n")
+    found = (line for line in reversed(lines) if line and not line[0].isspace())
+    return one_line(next(found, "its log says nothing"))

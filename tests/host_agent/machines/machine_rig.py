@@ -1,0 +1,95 @@
+"""Where the mock VMs of one test live."""
+
+import contextlib
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from host_agent.machines.base import MachineSpec
+from host_agent.machines.process import ProcessBackend, ProcessMachine
+
+
+def memory_root() -> Path:
+    v1 = Path("/sys/fs/cgroup/memory")
+    return v1 if v1.is_dir() else Path("/sys/fs/cgroup")
+
+
+class MachineRig:
+    def __init__(self, cgroup: Path, base: Path) -> None:
+        self.cgroup = cgroup
+        self.base = base
+        self.run_dir = base / "run"
+        self.backend = ProcessBackend(hidden_dirs=(base / "state",))
+
+    def set_up(self) -> None:
+        self.cgroup.mkdir()
+        self.run_dir.mkdir(parents=True)
+
+    def spec(self, *command: str, name: str = "vm1", **changes: Any) -> MachineSpec:
+        cgroup = self.cgroup / name
+        for directory in (cgroup, cgroup / "workload", cgroup / "driver"):
+            directory.mkdir(exist_ok=True)
+        values: dict[str, Any] = {
+            "name": name,
+            "command": command,
+            "socket_dir": self.run_dir / "guests" / name,
+            "run_dir": self.run_dir,
+            "disk_dir": self.base / "state" / "disks" / name,
+            "log_path": self.base / "state" / "logs" / f"{name}.log",
+            "cgroup_dir": cgroup,
+            "workload_procs": cgroup / "workload" / "cgroup.procs",
+            "driver_procs": cgroup / "driver" / "cgroup.procs",
+            "driver_argv": (),
+        }
+        return MachineSpec(**(values | changes))
+
+    async def output(self, script: str, **changes: Any) -> str:
+        """What a shell script prints as the workload of a mock VM."""
+        spec = self.spec("sh", "-c", script, **changes)
+        machine = await self.backend.launch(spec)
+        with trio.fail_after(20):
+            await machine.wait_exited()
+        return spec.log_path.read_text()
+
+    @contextlib.asynccontextmanager
+    async def running(self, spec: MachineSpec) -> Any:
+        machine: ProcessMachine = await self.backend.launch(spec)
+        try:
+            yield machine
+        finally:
+            with trio.CancelScope(shield=True):
+                await machine.stop(0)
+
+    def processes(self) -> set[int]:
+        found: set[int] = set()
+        for path in self.cgroup.rglob("cgroup.procs"):
+            with contextlib.suppress(OSError):
+                found |= set(map(int, path.read_text().split()))
+        return found
+
+    def take_down(self) -> None:
+        deadline = time.monotonic() + 10
+        while left := self.processes():
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        for directory in sorted(self.cgroup.rglob("*/"), reverse=True):
+            if directory.is_dir():
+                directory.rmdir()
+        if self.cgroup.is_dir():
+            self.cgroup.rmdir()
+
+
+async def until(condition: Any, what: str) -> None:
+    """Wait for a predicate, with a deadline."""
+    with trio.move_on_after(10):
+        while not condition():
+            await trio.sleep(0.005)
+        return
+    raise AssertionError(f"never came true: {what}")
