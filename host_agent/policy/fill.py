@@ -42,10 +42,10 @@ def _fill(total_pages: int, parts: Mapping[str, Bounds]) -> dict[str, int]:
     for name, part in parts.items():
         pages, remainder = divmod(level * part.weight, unit)
         result[name] = min(max(pages, part.low_pages), part.high_pages)
-        if part.low_pages <= pages < part.high_pages and remainder:
+        if part.low_pages <= pages < part.high_pages:
             remainders[name] = remainder
-    # The exact parts add up to a whole number, so there is a page lost for every whole remainder,
-    # and fewer of them than there are remainders.
+    # The exact parts add up to a whole number, and so do the remainders: the pages lost, fewer than
+    # there are remainders above 0.
     lost = sum(remainders.values()) // unit
     for name in sorted(remainders, key=lambda name: (-remainders[name], name))[:lost]:
         result[name] += 1
@@ -62,7 +62,7 @@ def _level(total_pages: int, parts: Mapping[str, Bounds]) -> tuple[int, int]:
     order, until the total lies before the next one: O(n log n).
     """
     constant = sum(part.low_pages for part in parts.values())
-    if constant >= total_pages:
+    if constant >= total_pages or not parts:
         return 0, 1
     bends = sorted(
         (Fraction(bound, part.weight), sign * bound, sign * part.weight)
@@ -76,4 +76,5 @@ def _level(total_pages: int, parts: Mapping[str, Bounds]) -> tuple[int, int]:
             return total_pages - constant, slope
         constant -= bound
         slope += weight
-    return (bends[-1][0].numerator, bends[-1][0].denominator) if bends else (0, 1)
+    last_bend = bends[-1][0]
+    return last_bend.numerator, last_bend.denominator

@@ -11,28 +11,39 @@ from host_agent.policy.fill import Bounds, fill
 
 
 @st.composite
-def bounds(draw: st.DrawFn) -> Bounds:
-    low = draw(st.integers(0, 30))
+def bounds(draw: st.DrawFn, most: int) -> Bounds:
+    low = draw(st.integers(0, most))
     # Equal bounds and equal weights make bends that coincide.
-    high = low + draw(st.just(0) | st.integers(0, 40))
+    high = low + draw(st.just(0) | st.integers(0, most))
     return Bounds(low, high, draw(st.integers(0, 7) | st.sampled_from([1000, 2000, 10**9])))
 
 
-parts_by_name = st.dictionaries(st.sampled_from("abcdefgh"), bounds(), max_size=8)
-totals = st.integers(-10, 400)
+@st.composite
+def divisions(draw: st.DrawFn) -> tuple[int, dict[str, Bounds]]:
+    """A total, mostly between what the bounds allow, and the parts.
+
+    Of few pages, where rounding is all there is, or of many.
+    """
+    some = bounds(draw(st.sampled_from([2, 40])))
+    parts = draw(st.dictionaries(st.sampled_from("abcdefgh"), some, max_size=8))
+    lows = sum(part.low_pages for part in parts.values())
+    highs = sum(part.high_pages for part in parts.values())
+    return draw(st.integers(lows - 2, highs + 2)), parts
 
 
-@given(totals, parts_by_name)
-def test_rounding_neither_makes_nor_loses_a_page(total: int, parts: dict[str, Bounds]) -> None:
+@given(divisions())
+def test_rounding_neither_makes_nor_loses_a_page(division: tuple[int, dict[str, Bounds]]) -> None:
+    total, parts = division
     lows = sum(part.low_pages for part in parts.values())
     highs = sum(part.high_pages for part in parts.values())
     assert sum(fill(total, parts).values()) == min(max(total, lows), highs)
 
 
-@given(totals, parts_by_name)
+@given(divisions())
 def test_every_part_is_a_whole_number_within_its_bounds(
-    total: int, parts: dict[str, Bounds]
+    division: tuple[int, dict[str, Bounds]],
 ) -> None:
+    total, parts = division
     result = fill(total, parts)
     assert result.keys() == parts.keys()
     for name, pages in result.items():
@@ -40,20 +51,22 @@ def test_every_part_is_a_whole_number_within_its_bounds(
         assert parts[name].low_pages <= pages <= parts[name].high_pages
 
 
-@given(totals, parts_by_name, st.randoms(use_true_random=False))
+@given(divisions(), st.randoms(use_true_random=False))
 def test_the_order_of_the_parts_does_not_matter(
-    total: int, parts: dict[str, Bounds], random: Random
+    division: tuple[int, dict[str, Bounds]], random: Random
 ) -> None:
+    total, parts = division
     names = list(parts)
     random.shuffle(names)
     assert fill(total, {name: parts[name] for name in names}) == fill(total, parts)
 
 
-@given(totals, parts_by_name)
+@given(divisions())
 def test_who_is_below_its_high_has_no_less_per_weight_than_who_is_above_its_low(
-    total: int, parts: dict[str, Bounds]
+    division: tuple[int, dict[str, Bounds]],
 ) -> None:
     """Up to the page that rounding takes from the one and gives to the other."""
+    total, parts = division
     result = fill(total, parts)
     wanting = [(n, p) for n, p in parts.items() if p.weight and result[n] < p.high_pages]
     giving = [(n, p) for n, p in parts.items() if p.weight and result[n] > p.low_pages]
@@ -62,18 +75,20 @@ def test_who_is_below_its_high_has_no_less_per_weight_than_who_is_above_its_low(
             assert (result[poor] + 1) * b.weight > (result[rich] - 1) * a.weight
 
 
-@given(totals, parts_by_name)
-def test_parts_without_weight_come_last(total: int, parts: dict[str, Bounds]) -> None:
+@given(divisions())
+def test_parts_without_weight_come_last(division: tuple[int, dict[str, Bounds]]) -> None:
+    total, parts = division
     result = fill(total, parts)
     last = [(n, p) for n, p in parts.items() if not p.weight]
     if any(result[n] > p.low_pages for n, p in last):
         assert all(result[n] == p.high_pages for n, p in parts.items() if p.weight)
 
 
-@given(totals, parts_by_name)
+@given(divisions())
 def test_one_page_more_takes_no_page_from_anybody_but_by_rounding(
-    total: int, parts: dict[str, Bounds]
+    division: tuple[int, dict[str, Bounds]],
 ) -> None:
+    total, parts = division
     less, more = fill(total, parts), fill(total + 1, parts)
     assert all(more[name] >= less[name] - 1 for name in parts)
 
@@ -108,6 +123,11 @@ def test_lost_pages_go_to_the_largest_remainders_and_then_by_name() -> None:
     parts = {name: Bounds(0, 100, weight) for name, weight in (("a", 3), ("b", 5), ("c", 5))}
     # 17 / 13: a 3.92, b and c 6.54: rounded down 3 + 6 + 6 = 15, two pages are lost.
     assert fill(17, parts) == {"a": 4, "b": 7, "c": 6}
+
+
+def test_a_page_that_rounding_lost_may_be_the_first_above_the_low() -> None:
+    # Half a page each, above lows of 0.
+    assert fill(1, {"a": Bounds(0, 9, 1), "b": Bounds(0, 9, 1)}) == {"a": 1, "b": 0}
 
 
 def test_a_part_at_its_bound_has_no_remainder() -> None:
