@@ -390,9 +390,8 @@ class Ledger:
         for name in sorted(self._accounts, key=lambda name: (name != giver, name)):
             account = self._accounts[name]
             part = min(account.lent_pages, available - repaid)
-            if part > 0:
-                account.lent_pages -= part
-                repaid += part
+            account.lent_pages -= part
+            repaid += part
         return repaid
 
     def _check_reservation(self, name: str, reservation_pages: int, assigned_pages: int) -> None:

@@ -194,6 +194,14 @@ class TestAdopting:
         assert (view.quota_pages, view.lent_pages) == (60, 0)
         assert ledger.free_pages == 840
 
+    def test_a_quota_may_be_nothing_or_the_whole_size(self) -> None:
+        ledger = Ledger(1000, 100)
+        ledger.adopt("none", 100, 0, 1, 0)
+        ledger.adopt("whole", 100, 0, 1, 100)
+        assert ledger.view("none").claimed == span(0, 100)
+        assert ledger.settle("whole", NOTHING) == NOTHING
+        assert ledger.quota_pages == 100
+
     @pytest.mark.parametrize("quota", [-1, 101])
     def test_a_quota_beyond_the_size_is_refused(self, quota: int) -> None:
         with pytest.raises(LedgerError, match="outside its size"):
@@ -230,6 +238,7 @@ class TestSettling:
         claimed = ledger.view("g").claimed
         assert ledger.settle("g", NOTHING) == claimed
         assert ledger.settle("g", span(0, 100)) == claimed
+        assert ledger.settle("g", span(50, 40)) == claimed
 
     def test_an_adopted_guest_tells_which_frames(self) -> None:
         ledger = Ledger(1000, 100)
