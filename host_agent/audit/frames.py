@@ -132,20 +132,23 @@ class FrameAuditor:
         if frame_order not in (0, HUGE_FRAME_ORDER):
             raise ValueError(f"no frame order {frame_order}")
         with self._in_use():
-            inside = frames & self._arena
-            rejected = {RejectionReason.OUT_OF_RANGE: frames - inside}
+            inside = self._inside(frames)
+            rejected: dict[RejectionReason, PageFrames] = {}
+            if inside is not frames:
+                rejected[RejectionReason.OUT_OF_RANGE] = frames - inside
             if frame_order == HUGE_FRAME_ORDER:
                 whole = _whole_huge_frames(inside)
-                rejected[RejectionReason.NOT_HUGE] = inside - whole
+                if whole is not inside:
+                    rejected[RejectionReason.NOT_HUGE] = inside - whole
                 inside = whole
             good = PageFrames.empty()
             doubtful = inside
             found: dict[RejectionReason, PageFrames] = {}
             for _ in range(LOOKS):
-                if not doubtful:
-                    break
                 fine, found = self._look(doubtful, frame_order)
                 good |= fine
+                if not found:
+                    break
                 doubtful -= fine
         for reason, which in found.items():
             rejected[reason] = rejected.get(reason, PageFrames.empty()) | which
@@ -157,7 +160,7 @@ class FrameAuditor:
         Frames outside the arena have none. Raises ProcessGone, AuditorClosed.
         """
         with self._in_use():
-            inside = frames & self._arena
+            inside = self._inside(frames)
             try:
                 still = self._present_by_scan(inside)
             except OSError as error:
@@ -274,6 +277,12 @@ class FrameAuditor:
             huge=huge,
         )
 
+    def _inside(self, frames: PageFrames) -> PageFrames:
+        """Those of `frames` that are in the arena; `frames` itself if all are."""
+        if not frames or frames.stops[-1] <= self._arena.page_count:
+            return frames
+        return frames & self._arena
+
     def _entries(self, frames: PageFrames) -> U64Array:
         return self._pages.entries(self._address, frames.starts.tolist(), frames.counts.tolist())
 
@@ -336,7 +345,9 @@ def _stand_once(ascending: PfnArray) -> BoolArray:
 
 
 def _whole_huge_frames(frames: PageFrames) -> PageFrames:
-    """The aligned blocks of 512 frames that are in `frames` completely."""
+    """The aligned blocks of 512 frames that are in `frames`; `frames` itself if that is all."""
+    if not ((frames.starts | frames.counts) % PAGES_PER_HUGE_PAGE).any():
+        return frames
     first = -(-frames.starts // PAGES_PER_HUGE_PAGE) * PAGES_PER_HUGE_PAGE
     stop = frames.stops // PAGES_PER_HUGE_PAGE * PAGES_PER_HUGE_PAGE
     whole = stop > first

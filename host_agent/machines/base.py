@@ -88,8 +88,8 @@ class Machine(Protocol):
     async def stop(self, timeout_s: float) -> ExitStatus:
         """Ask the workload to end (SIGTERM); after `timeout_s` kill everything.
 
-        Returns when nothing of it runs any more; shield it from cancellation to be sure. Raises MachineError if the kernel does not get
-        rid of it. Stopping a mock VM that has ended is no error.
+        Returns when nothing of it runs any more; cancelled, it may leave it running. Raises
+        MachineError if the kernel does not get rid of it. Stopping what has ended is no error.
         """
         ...
 

@@ -120,7 +120,7 @@ def test_the_zero_page_is_no_frame(child: Child) -> None:
     assert reasons(result) == {RejectionReason.NOT_ANONYMOUS: PageFrames.span(8, 8)}
 
 
-def test_one_page_under_two_frames_is_shared(child: Child) -> None:
+def test_one_shared_page_mapped_twice(child: Child) -> None:
     # remap of a shared mapping (old size 0) is the one way to have a page twice in one process
     address = child.arena(PAGES)
     child.run(
@@ -201,6 +201,42 @@ def test_huge_frames_of_smaller_folios(child: Child, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(KernelPages, "flags", with_smaller_folios)
     result = verify(child, address, order=9)
     assert reasons(result) == {RejectionReason.NOT_HUGE: ALL}
+
+
+def test_halves_of_two_huge_pages_are_no_huge_frames(child: Child) -> None:
+    # Dropping one frame would free neither page.
+    address = child.arena(PAGES, huge=True)
+    child.run(
+        "populate(a, 1024); half = 256 * 4096; spare = a + 8 * half\n"
+        "libc.mremap.restype = ctypes.c_void_p\n"
+        "def move(old, new):\n"
+        "    size = ctypes.c_size_t(half)\n"
+        "    found = libc.mremap(ctypes.c_void_p(old), size, size, 3, ctypes.c_void_p(new))\n"
+        "    assert found == new, ctypes.get_errno()\n"
+        "move(a + half, spare); move(a + 3 * half, a + half); move(spare, a + 3 * half)"
+    )
+    result = verify(child, address, PageFrames.span(0, 1024), order=9)
+    assert reasons(result) == {RejectionReason.NOT_HUGE: PageFrames.span(0, 1024)}
+
+
+@pytest.mark.parametrize(("huge", "unit"), [(False, 1), (True, 512)])
+def test_one_physical_page_under_two_frames(child: Child, huge: bool, unit: int) -> None:
+    # No way is known to make one of anonymous pages; so pagemap is made to say it.
+    address = child.arena(PAGES, huge=huge)
+    child.run(f"populate(a, {PAGES})")
+    with auditor_of(child, address) as auditor:
+        entries = auditor._pages.entries
+
+        def doubled(*args: Any) -> Any:
+            seen = entries(*args)
+            # The last unit looked at is under the first one's page: again in every look.
+            seen[-unit:] = seen[:unit]
+            return seen
+
+        auditor._pages.entries = doubled  # type: ignore[method-assign]
+        result = auditor.verify(PageFrames.span(0, 4 * unit), 9 if huge else 0)
+    twice = PageFrames.from_ranges([0, 3 * unit], [unit, unit])
+    assert reasons(result) == {RejectionReason.SHARED: twice}
 
 
 def test_parts_of_huge_frames(child: Child) -> None:

@@ -225,6 +225,20 @@ def test_a_cancelled_launch_leaves_nothing(rig: MachineRig, delay_ms: int) -> No
     trio.run(main)
 
 
+def test_without_the_agents_answer_there_is_no_machine(rig: MachineRig) -> None:
+    spec = rig.spec("sh", "-c", "echo it runs; sleep 60")
+    child = rig.backend._start(spec)
+    assert child.stdin is not None
+    assert child.stdout is not None
+    child.stdin.close()
+    heard = child.stdout.read()
+    assert child.wait(10) == 0
+    child.stdout.close()
+    assert heard.startswith(b"pid ")
+    assert b"ready" not in heard
+    assert spec.log_path.read_text() == ""
+
+
 def test_a_machine_outlives_its_agent_and_is_adopted(rig: MachineRig, tmp_path: Path) -> None:
     script = tmp_path / "agent.py"
     script.write_text(
