@@ -127,8 +127,8 @@ class FrameAuditor:
         """Sort reported frames into good ones and rejected ones, each with a reason.
 
         `frame_order` 0 or 9; at 9 each aligned 2 MiB block is judged as one. Costs 15 ms a
-        GiB in 2 MiB frames. In 4 KiB frames it goes with how physical memory is fragmented: 65 to
-        120 ms a GiB, 330 ms at the worst that was seen. Raises ProcessGone, FramesHidden,
+        GiB in 2 MiB frames. In 4 KiB frames it goes with how physical memory is fragmented: 50 to
+        130 ms a GiB, 330 ms at the worst that was seen. Raises ProcessGone, FramesHidden,
         AuditorClosed.
         """
         if frame_order not in (0, HUGE_FRAME_ORDER):
