@@ -9,7 +9,9 @@ adjacent (adjacent ones are merged), so that equal sets are equal objects. It kn
 owns a frame or what state it is in.
 """
 
-from collections.abc import Iterator
+import struct
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Final, Self
 
 import numpy as np
@@ -22,6 +24,12 @@ MAX_PFN: Final = 2**32 - 1
 
 WIRE_RANGE_BYTES: Final = 8
 """Bytes of one range on the wire: start and count, each a little-endian u4."""
+
+FEW_RANGES: Final = 8
+"""Up to so many ranges, plain Python is several times faster than numpy's calls of 1 to 5 us; a
+balloon's lists usually have one or two."""
+
+_WIRE_RANGE: Final = struct.Struct("<II")
 
 
 class PageFrames:
@@ -57,7 +65,18 @@ class PageFrames:
         """
         if count == 0 and start >= 0:
             return cls.empty()
-        return cls.from_ranges([start], [count])
+        if not 0 <= start <= MAX_PFN or not 1 <= count <= MAX_PFN + 1 - start:
+            raise ValueError(f"{count} page frames from {start} on leave 0..{MAX_PFN}")
+        return cls._of([(start, start + count)])
+
+    @classmethod
+    def _of(cls, spans: list[tuple[int, int]]) -> Self:
+        """Frames of canonical (start, stop) pairs."""
+        if len(spans) == 1:
+            start, stop = spans[0]
+            return cls(np.array((start,), np.int64), np.array((stop - start,), np.int64))
+        pairs = np.array(spans, np.int64).reshape(-1, 2)
+        return cls(pairs[:, 0].copy(), pairs[:, 1] - pairs[:, 0])
 
     @classmethod
     def from_ranges(cls, starts: npt.ArrayLike, counts: npt.ArrayLike) -> Self:
@@ -105,6 +124,11 @@ class PageFrames:
         """Frames of `to_wire`'s bytes. Raises ValueError for bytes that it can't have made."""
         if len(data) % WIRE_RANGE_BYTES:
             raise ValueError(f"{len(data)} bytes are no whole ranges of {WIRE_RANGE_BYTES} bytes")
+        if len(data) == WIRE_RANGE_BYTES:
+            start, count = _WIRE_RANGE.unpack(data)
+            if count == 0:
+                raise ValueError("a range of page frames is empty")
+            return cls.span(start, count)
         pairs = np.frombuffer(data, dtype="<u4").reshape(-1, 2).astype(np.int64)
         frames = cls.from_ranges(pairs[:, 0], pairs[:, 1])
         if frames.range_count != len(pairs):
@@ -116,8 +140,10 @@ class PageFrames:
 
         A list of 2**32 frames in one range has no wire form (its count is no u4): ValueError.
         """
-        if self._counts.size and self._counts.max() > MAX_PFN:
+        if self._page_count > MAX_PFN and self._counts.max() > MAX_PFN:
             raise ValueError("a range of 2**32 page frames has no wire form")
+        if self._starts.size <= FEW_RANGES:
+            return b"".join(_WIRE_RANGE.pack(start, count) for start, count in self.ranges())
         return np.stack((self._starts, self._counts), axis=1).astype("<u4").tobytes()
 
     @property
@@ -163,19 +189,19 @@ class PageFrames:
             return self
         if not self:
             return other
-        return self._combine(other, np.logical_or)
+        return self._combine(other, np.logical_or, lambda mine, theirs: mine or theirs)
 
     def difference(self, other: "PageFrames") -> "PageFrames":
         """Frames of this list that are not in `other`."""
         if not other or not self:
             return self
-        return self._combine(other, np.greater)
+        return self._combine(other, np.greater, lambda mine, theirs: mine and not theirs)
 
     def intersection(self, other: "PageFrames") -> "PageFrames":
         """Frames that are in both."""
         if not self or not other:
             return PageFrames.empty()
-        return self._combine(other, np.logical_and)
+        return self._combine(other, np.logical_and, lambda mine, theirs: mine and theirs)
 
     __or__ = union
     __sub__ = difference
@@ -219,6 +245,9 @@ class PageFrames:
 
     def _slice(self, first: int, stop: int) -> "PageFrames":
         """The frames with index first..stop-1 in ascending order."""
+        if self._starts.size == 1:
+            start = int(self._starts[0])
+            return PageFrames.span(start + first, stop - first)
         after = np.cumsum(self._counts)
         before = after - self._counts
         low = np.clip(first - before, 0, self._counts)
@@ -226,8 +255,15 @@ class PageFrames:
         kept = high > low
         return PageFrames((self._starts + low)[kept], (high - low)[kept])
 
-    def _combine(self, other: "PageFrames", keep: np.ufunc) -> "PageFrames":
-        """Sweep over both lists' borders; `keep(in_self, in_other)` says which stretches stay."""
+    def _combine(
+        self, other: "PageFrames", keep: np.ufunc, keep_one: Callable[[bool, bool], bool]
+    ) -> "PageFrames":
+        """Sweep over both lists' borders; `keep(in_self, in_other)` says which stretches stay.
+
+        `keep_one` is the same for single values.
+        """
+        if self._starts.size + other._starts.size <= FEW_RANGES:
+            return PageFrames._of(_swept(self._spans(), other._spans(), keep_one))
         borders = np.concatenate((self._starts, self.stops, other._starts, other.stops))
         mine = np.zeros(borders.size, np.int64)
         theirs = np.zeros(borders.size, np.int64)
@@ -239,6 +275,9 @@ class PageFrames:
         count = np.diff(borders)
         kept &= count > 0
         return PageFrames.from_ranges(borders[:-1][kept], count[kept])
+
+    def _spans(self) -> list[tuple[int, int]]:
+        return [(start, start + count) for start, count in self.ranges()]
 
     def __len__(self) -> int:
         return self._page_count
@@ -260,3 +299,23 @@ class PageFrames:
         shown = ", ".join(f"{start}+{count}" for start, count in list(self.ranges())[:4])
         more = ", ..." if self.range_count > 4 else ""
         return f"<PageFrames {self._page_count} pages in {self.range_count} ranges: {shown}{more}>"
+
+
+def _swept(
+    mine: list[tuple[int, int]],
+    theirs: list[tuple[int, int]],
+    keep: Callable[[bool, bool], bool],
+) -> list[tuple[int, int]]:
+    """Canonical spans of the stretches that `keep`; for few spans."""
+    borders = sorted({border for span in (*mine, *theirs) for border in span})
+    result: list[tuple[int, int]] = []
+    for start, stop in pairwise(borders):
+        in_mine = any(first <= start < last for first, last in mine)
+        in_theirs = any(first <= start < last for first, last in theirs)
+        if not keep(in_mine, in_theirs):
+            continue
+        if result and result[-1][1] == start:
+            result[-1] = (result[-1][0], stop)
+        else:
+            result.append((start, stop))
+    return result

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from protocol import page_frames
 from protocol.page_frames import MAX_PFN, PageFrames
 
 # A small range of numbers makes adjacent and overlapping ranges likely.
@@ -26,9 +27,18 @@ def set_of(frames: PageFrames) -> set[int]:
     return set(pfns)
 
 
-@given(pfn_sets, pfn_sets)
-def test_set_operations_equal_those_of_sets(a: set[int], b: set[int]) -> None:
+@pytest.mark.parametrize("few_ranges", [0, page_frames.FEW_RANGES, 1000])
+@given(a=pfn_sets, b=pfn_sets)
+def test_set_operations_equal_those_of_sets(few_ranges: int, a: set[int], b: set[int]) -> None:
+    """With numpy alone, as it is, and with plain Python alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page_frames, "FEW_RANGES", few_ranges)
+        check_set_operations(a, b)
+
+
+def check_set_operations(a: set[int], b: set[int]) -> None:
     left, right = frames_of(a), frames_of(b)
+    assert PageFrames.from_wire(left.to_wire()) == left
     assert set_of(left | right) == a | b
     assert set_of(left - right) == a - b
     assert set_of(left & right) == a & b
