@@ -15,6 +15,7 @@ import sys
 from collections.abc import AsyncIterator
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Final
 
 import trio
@@ -36,7 +37,7 @@ from host_agent.facade.control import build_app
 from host_agent.facade.port import HostView, VitalsView, VmChange, VmSpec, VmView
 from host_agent.facade.server import serve
 from host_agent.guest import Guest, Phase
-from host_agent.hosting import Hosting, Places
+from host_agent.hosting import Hosting, Places, count_kills
 from host_agent.ledger.ledger import Ledger, LedgerError
 from host_agent.machines.base import Machine, MachineBackend, MachineError
 from host_agent.machines.process import ProcessBackend
@@ -44,6 +45,7 @@ from host_agent.policy import shares
 from host_agent.quota.base import QuotaBackend
 from host_agent.quota.detect import detect
 from host_agent.quota.errors import QuotaError, QuotaUnavailable
+from host_agent.sole_owner import sole_owner
 from host_agent.state import AgentState, GuestState, StateError, load_state, save_state
 from host_agent.views import vitals_view, vm_view
 from host_agent.watchdog_client import Watchdog
@@ -110,19 +112,20 @@ class Agent:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Work until cancelled; then stop every VM, or leave them running, as configured."""
         self._started_s = trio.current_time()
-        try:
-            async with trio.open_nursery() as nursery:
+        # An agent that can't take over all VMs must leave all of them, and their state, alone.
+        self._hosting.keep_running = True
+        async with trio.open_nursery() as nursery:
+            await self._adopt_all(nursery)
+            self._hosting.keep_running = False
+            try:
                 self._nursery = nursery
-                await self._adopt_all()
                 nursery.start_soon(self.balancer.run)
                 nursery.start_soon(self._watch_kernel)
                 await self._warm_up()
                 task_status.started()
                 await trio.sleep_forever()
-        finally:
-            self._nursery = None
-            with trio.CancelScope(shield=True):
-                await self._save()
+            finally:
+                self._nursery = None
 
     def keep_vms(self) -> None:
         """From now on the end of the agent is not the end of its VMs."""
@@ -151,7 +154,7 @@ class Agent:
 
     def _admit(self, spec: VmSpec) -> Guest:
         if self._nursery is None:
-            raise AgentError("the agent is stopping")
+            raise AgentError("the agent is starting or stopping")
         if spec.name in self.balancer.guests:
             raise VmExists(spec.name)
         if spec.frame_order and spec.assigned_bytes % HUGE_PAGE_BYTES:
@@ -213,7 +216,7 @@ class Agent:
     async def _start(self, guest: Guest) -> None:
         if self._nursery is None:
             raise AgentError("the agent is stopping")
-        await self._nursery.start(self._hosting.run, guest)
+        await self._nursery.start(self._host, guest)
         await self._save()
         with trio.move_on_after(CONNECT_DEADLINE_S):
             async with trio.open_nursery() as nursery:
@@ -225,6 +228,21 @@ class Agent:
             raise MachineError(f"its driver did not connect in {CONNECT_DEADLINE_S:g} s")
         guest.phase = Phase.RUNNING
         self.balancer.replan()
+
+    async def _host(
+        self,
+        guest: Guest,
+        found: Machine | None = None,
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Host a guest to its end, and keep the state file true."""
+        try:
+            await self._hosting.run(guest, found, task_status=task_status)
+        finally:
+            self._kills_of_the_gone += guest.oom_kills
+            with trio.CancelScope(shield=True):
+                await self._save()
 
     async def _undo_launch(self, guest: Guest) -> None:
         with trio.CancelScope(shield=True):
@@ -365,13 +383,8 @@ class Agent:
         while True:
             await trio.sleep(self._config.host.interval_s)
             for guest in tuple(self.balancer.guests.values()):
-                if guest.quota is None or guest.phase is not Phase.RUNNING:
-                    continue
-                with contextlib.suppress(QuotaError):
-                    kills = guest.quota.oom_kills_total
-                    if kills > guest.oom_kills:
-                        LOG.warning("%s: its kernel killed %d", guest.name, kills - guest.oom_kills)
-                    guest.oom_kills = kills
+                if guest.quota is not None and guest.phase is Phase.RUNNING:
+                    count_kills(guest, guest.quota)
 
     # What lasts
 
@@ -400,9 +413,16 @@ class Agent:
             except StateError as error:
                 LOG.error("%s", error)
 
-    async def _adopt_all(self) -> None:
-        """Take over the VMs that an earlier agent left running; clear away what is dead."""
-        for state in load_state(self._places.state_dir).guests:
+    async def _adopt_all(self, nursery: trio.Nursery) -> None:
+        """Take over the VMs that an earlier agent left running; clear away what is dead.
+
+        Raises ConfigError for what can't be taken over.
+        """
+        try:
+            states = load_state(self._places.state_dir).guests
+        except StateError as error:
+            raise ConfigError(str(error)) from error
+        for state in states:
             spec = VmSpec(
                 name=state.name,
                 assigned_bytes=state.assigned_bytes,
@@ -415,18 +435,25 @@ class Agent:
             guest = Guest(spec)
             if state.pinned_bytes is not None:
                 guest.pinned_pages = pages_of(state.pinned_bytes)
-            machine = await self._machines.adopt(state.machine)
-            if machine is None:
-                LOG.warning("%s is not running any more", state.name)
-                continue
-            await self._adopt(guest, machine)
+            try:
+                machine = await self._machines.adopt(state.machine)
+                if machine is None:
+                    LOG.warning("%s is not running any more", state.name)
+                    continue
+                await self._adopt(guest, machine, nursery)
+            except (MachineError, QuotaError) as error:
+                raise ConfigError(
+                    f"the VM {state.name} can't be taken over: {error}",
+                    what_to_do="start with the configuration of before, or stop its processes",
+                ) from error
         await run_blocking(
             self._clear_leftovers, timeout_s=60.0, limiter=self._threads.limit_writes
         )
 
-    async def _adopt(self, guest: Guest, machine: Machine) -> None:
+    async def _adopt(self, guest: Guest, machine: Machine, nursery: trio.Nursery) -> None:
         quota = self._quotas.open_existing(guest.name, guest.overhead_bytes)
         quota_bytes = quota.read().vm_limit_bytes - guest.overhead_bytes
+        guest.oom_kills = quota.oom_kills_total
         quota.close()
         try:
             self.ledger.adopt(
@@ -443,8 +470,7 @@ class Agent:
             ) from error
         guest.phase = Phase.RUNNING
         self.balancer.guests[guest.name] = guest
-        if self._nursery is not None:
-            await self._nursery.start(self._hosting.run, guest, machine)
+        await nursery.start(self._host, guest, machine)
         LOG.info("%s was running and is taken over", guest.name)
 
     def _clear_leftovers(self) -> None:
@@ -454,6 +480,8 @@ class Agent:
             quota = self._quotas.open_existing(name, 0)
             quota.kill_all()
             quota.remove()
+        for name in self._places.names() - set(self.balancer.guests):
+            self._places.remove(name)
 
     async def _warm_up(self) -> None:
         """Compile the driver's modules once: a mock VM's root is read-only, it can't keep them."""
@@ -480,12 +508,19 @@ async def running(config: Config, *, die_with_agent: bool = False) -> AsyncItera
         raise MissingRight("the agent needs root", what_to_do="run it with sudo")
     try:
         quotas = detect(host.cgroup_root)
-        quotas.prepare()
     except QuotaUnavailable as error:
         raise NoMemoryController(str(error)) from error
-    host.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    agent = Agent(config, quotas, ProcessBackend())
-    try:
+    with contextlib.ExitStack() as owned:
+        try:
+            owned.enter_context(sole_owner(host.state_dir, partial(_make_private, host.state_dir)))
+            owned.enter_context(sole_owner(quotas.root, quotas.prepare))
+            _make_private(host.run_dir)
+        except QuotaUnavailable as error:
+            raise NoMemoryController(str(error)) from error
+        except OSError as error:
+            raise BadRequest(f"{error.filename}: {error.strerror}") from error
+        owned.callback(_remove_root, quotas)
+        agent = Agent(config, quotas, ProcessBackend(hidden_dirs=(host.state_dir,)))
         async with trio.open_nursery() as nursery:
             await nursery.start(partial(serve, build_app(agent), host.control_socket))
             watchdog = Watchdog(
@@ -501,9 +536,16 @@ async def running(config: Config, *, die_with_agent: bool = False) -> AsyncItera
                     agent.keep_vms()
                 workers.cancel_scope.cancel()
             nursery.cancel_scope.cancel()
-    finally:
-        with contextlib.suppress(QuotaError):
-            quotas.remove_root()
+
+
+def _make_private(directory: Path) -> None:
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+def _remove_root(quotas: QuotaBackend) -> None:
+    # It stays where VMs were kept.
+    with contextlib.suppress(QuotaError):
+        quotas.remove_root()
 
 
 async def run_agent(config: Config) -> None:

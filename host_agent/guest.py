@@ -7,6 +7,7 @@ together: the quota's handle, the machine, the session, and what the driver last
 import math
 from dataclasses import dataclass, field
 from enum import StrEnum
+from threading import Lock
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -67,13 +68,23 @@ class Guest:
     refusals: int = 0
     planned_demand_pages: int | None = None
     """Its demand when it last caused a plan."""
+    connections: int = 0
+    """Of its driver, open now."""
+    fault_s: float = -math.inf
+    """When a connection of it was last ended for a fault."""
     stuck_times: int = 0
+    """In a row."""
+    stuck_s: float = -math.inf
+    """When it was last found to be stuck."""
     dry: bool = False
     """It waits for memory right now."""
     dry_s: float = -math.inf
     """When it last ran dry."""
     dry_total: int = 0
     oom_kills: int = 0
+    shrinking: Lock = field(default_factory=Lock)
+    """Held by the thread that lowers its workload's limit: one at a time, also where an attempt
+    was given up while its thread is still in the kernel."""
     connected: trio.Event = field(default_factory=trio.Event)
     quota_changed: trio.Event = field(default_factory=trio.Event)
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
