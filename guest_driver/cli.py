@@ -1,21 +1,29 @@
 """`balloon-guest`: what runs inside a mock VM.
 
-    balloon-guest driver --socket PATH --cgroup PATH --assigned-pages N [--frame-order 0|9]
+    balloon-guest driver --socket=PATH --cgroup=PATH --assigned-pages=N [--frame-order=0|9]
     balloon-guest workload ...   the demonstration's workload; see `workload --help`
 
-argparse instead of click: the driver's memory is the guest's loss, and the pseudo-process has to be
-forked before anything heavy is imported.
+Neither click nor argparse: the driver's memory is the guest's loss, and all that is imported before
+the pseudo-process is forked is paid for twice.
 """
 
-import argparse
 import sys
-from typing import NoReturn
 
 EXIT_USAGE = 2
 EXIT_FAILED = 1
 
+USAGE = """usage: balloon-guest driver --socket=PATH --cgroup=PATH --assigned-pages=N [...]
+       balloon-guest workload --help
 
-def main(argv: list[str] | None = None) -> int:
+driver    the balloon driver of this guest
+  --socket          the private channel to the host agent
+  --cgroup          where the guest sees its own cgroups
+  --assigned-pages  size of the guest in 4 KiB pages
+  --frame-order     0 for frames of 4 KiB (default), 9 for 2 MiB
+workload  the demonstration's workload"""
+
+
+def main(argv: "list[str] | None" = None) -> int:
     """Run a subcommand; returns the exit status."""
     arguments = sys.argv[1:] if argv is None else argv
     if arguments[:1] == ["workload"]:
@@ -23,33 +31,49 @@ def main(argv: list[str] | None = None) -> int:
 
         return workload_main(arguments[1:])
     if arguments[:1] == ["driver"]:
-        return _run_driver(_driver_options(arguments[1:]))
-    print("usage: balloon-guest driver|workload [options]", file=sys.stderr)
-    return EXIT_USAGE
+        options = {"--frame-order": "0"}
+        options.update(_split(argument) for argument in arguments[1:])
+        try:
+            return _run_driver(
+                socket_path=options.pop("--socket"),
+                cgroup_path=options.pop("--cgroup"),
+                assigned_pages=int(options.pop("--assigned-pages")),
+                frame_order=int(options.pop("--frame-order")),
+                unknown=options,
+            )
+        except (KeyError, ValueError) as error:
+            return _fail(f"bad or missing option: {error}; see --help", EXIT_USAGE)
+    wants_help = arguments[:1] in (["--help"], ["-h"])
+    print(USAGE, file=sys.stdout if wants_help else sys.stderr)
+    return 0 if wants_help else EXIT_USAGE
 
 
-def _driver_options(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="balloon-guest driver", description="The balloon driver.")
-    parser.add_argument("--socket", required=True, help="the private channel to the host agent")
-    parser.add_argument("--cgroup", required=True, help="where the guest sees its own cgroups")
-    parser.add_argument("--assigned-pages", required=True, type=int, help="size in 4 KiB pages")
-    parser.add_argument(
-        "--frame-order", type=int, choices=(0, 9), default=0, help="9: 2 MiB frames"
-    )
-    parser.add_argument("--verbose", action="store_true", help="say more on standard error")
-    return parser.parse_args(argv)
+def _split(argument: str) -> "tuple[str, str]":
+    name, _, value = argument.partition("=")
+    return name, value
 
 
-def _run_driver(options: argparse.Namespace) -> int:
+def _run_driver(
+    *,
+    socket_path: str,
+    cgroup_path: str,
+    assigned_pages: int,
+    frame_order: int,
+    unknown: "dict[str, str]",
+) -> int:
+    if unknown:
+        raise ValueError(f"unknown option {min(unknown)}")
     # Before trio and numpy are imported: a fork of this small process is all that the
-    # pseudo-process needs, and numpy starts no threads that the guest has no use for.
-    from guest_driver import diet, memory, pseudo_process
+    # pseudo-process needs, and what is imported before the fork is paid for twice.
+    from guest_driver import memory, pseudo_process
+
+    try:
+        process = pseudo_process.start(assigned_pages, frame_order)
+    except memory.ArenaError as error:
+        return _fail(str(error), EXIT_FAILED)
+    from guest_driver import diet
 
     diet.before_imports()
-    try:
-        process = pseudo_process.start(options.assigned_pages, options.frame_order)
-    except (memory.ArenaError, ValueError) as error:
-        _fail(str(error))
     import logging
 
     import trio
@@ -57,22 +81,20 @@ def _run_driver(options: argparse.Namespace) -> int:
     from guest_driver.driver import Driver, DriverConfig
     from guest_driver.reservoir import PseudoProcessDied
 
-    logging.basicConfig(
-        level=logging.DEBUG if options.verbose else logging.INFO,
-        format="%(asctime)s %(name)s: %(message)s",
-    )
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     diet.after_imports()
-    config = DriverConfig(options.socket, options.cgroup, options.assigned_pages)
+    config = DriverConfig(socket_path, cgroup_path, assigned_pages)
+    status = 0
     try:
         trio.run(Driver(config, process).run)
     except* PseudoProcessDied as errors:
-        _fail(str(errors.exceptions[0]))
-    return 0
+        status = _fail(str(errors.exceptions[0]), EXIT_FAILED)
+    return status
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, status: int) -> int:
     print(f"balloon-guest: {message}", file=sys.stderr)
-    sys.exit(EXIT_FAILED)
+    return status
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ Sources: madvise(2), mlock2(2); Documentation/admin-guide/mm/transhuge.rst.
 import ctypes
 import errno
 import mmap
-import os
+import posix as os
 import resource
 
 PAGE_BYTES = 4096

@@ -24,15 +24,17 @@ This module is imported, and `start` called, before the driver imports trio or n
 nothing of them, of channels or of policy.
 """
 
+# The C modules under os, signal, socket and threading: with those, every pseudo-process would be
+# 1 MiB larger, since what is imported before the fork becomes its own memory.
+import _signal as signal  # type: ignore[import-not-found]  # typeshed has none of it
+import _socket as socket
+import _thread
 import ctypes
 import errno
 import gc
 import mmap
-import os
-import signal
-import socket
+import posix as os
 import struct
-import threading
 import time
 
 from guest_driver.memory import Arena, ArenaError, map_arena, map_shared
@@ -68,6 +70,7 @@ _STACK_BYTES = 128 * 1024
 _SOCKET_FD = 3
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
+_M_ARENA_MAX = -8
 
 
 class PseudoProcess:
@@ -140,7 +143,7 @@ def start(arena_pages: int, frame_order: int) -> PseudoProcess:
     """
     if arena_pages < 1:
         raise ValueError(f"an arena of {arena_pages} pages")
-    if threading.current_thread() is not threading.main_thread():
+    if _thread.get_native_id() != os.getpid():
         raise RuntimeError("the pseudo-process would die with this thread: fork it in the main one")
     states = map_shared(arena_pages)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -205,9 +208,9 @@ def _run(
             os.write(fd, _READY.pack(0) + str(error).encode()[:_MAX_ERROR_BYTES])
             os._exit(1)
         os.write(fd, _READY.pack(arena.address))
-        threading.stack_size(_STACK_BYTES)
+        _thread.stack_size(_STACK_BYTES)
         for _ in range(WORKERS - 1):
-            threading.Thread(target=_work, args=(fd, arena, states), daemon=True).start()
+            _thread.start_new_thread(_work, (fd, arena, states))
         _work(fd, arena, states)
     except BaseException as error:
         _give_up(error)
@@ -221,6 +224,8 @@ def _settle(driver_pid: int) -> None:
     if os.getppid() != driver_pid:
         os._exit(0)  # the driver died before the kernel was asked to tell
     libc.prctl(_PR_SET_NAME, b"balloon", 0, 0, 0)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_ARENA_MAX, 1)  # the workers allocate next to nothing: no arena for each
     # Ctrl-C reaches the whole process group; ending in good order is the driver's business.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

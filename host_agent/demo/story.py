@@ -5,23 +5,21 @@ operator would. Everything is removed at the end, however it ends.
 """
 
 import contextlib
-import secrets
-import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
 from typing import Final
 
 import trio
 
-from host_agent.agent import Agent, running
-from host_agent.config import Config, HostConfig
+from host_agent.agent import Agent
 from host_agent.demo.outcome import Act, Outcome, Stall
 from host_agent.demo.scenario import Appetite, Scenario
 from host_agent.demo.watch import LimitWatch, peak_memory_bytes
 from host_agent.errors import AgentError
 from host_agent.facade.port import VmSpec, VmView
 from host_agent.guest import overhead_of
+from host_agent.guest_command import WORKLOAD_SOCKET
 from host_agent.moves import Move
+from host_agent.private_agent import private_agent
 from host_agent.sizes import format_size
 from host_agent.workload_client import WorkloadClient, WorkloadError
 from protocol.units import MIB
@@ -198,7 +196,7 @@ class Story:
             shares=plan.shares_of(number),
         )
         await self._agent.launch(spec)
-        path = self._agent.places.disk_dir(name) / "workload.sock"
+        path = self._agent.places.disk_dir(name) / WORKLOAD_SOCKET
         self._workloads[name] = WorkloadClient(path)
         await self._until(path.exists, f"the workload of {name} to listen")
         await self._set(name, plan.calm)
@@ -290,22 +288,13 @@ def _is_off_target(vm: VmView) -> bool:
 
 @contextlib.asynccontextmanager
 async def stage(scenario: Scenario) -> AsyncIterator[tuple[Agent, LimitWatch]]:
-    """An agent for the play, in places of its own, and the eye on its limits."""
-    with tempfile.TemporaryDirectory(prefix="memballoon-demo-", ignore_cleanup_errors=True) as top:
-        directory = Path(top)
-        host = HostConfig(
-            pool_bytes=scenario.pool_bytes,
-            reserve_bytes=scenario.reserve_bytes,
-            run_dir=directory / "run",
-            state_dir=directory / "state",
-            cgroup_root=f"memballoon-demo-{secrets.token_hex(4)}",
-        )
-        async with running(Config(host=host), die_with_agent=True) as agent:
-            watch = LimitWatch(agent.quotas.root, overhead_of(scenario.assigned_bytes))
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(watch.run)
-                yield agent, watch
-                nursery.cancel_scope.cancel()
+    """An agent for the play, and the eye on its limits."""
+    sizes = {"pool_bytes": scenario.pool_bytes, "reserve_bytes": scenario.reserve_bytes}
+    async with private_agent("demo", **sizes) as agent, trio.open_nursery() as nursery:
+        watch = LimitWatch(agent.quotas.root, overhead_of(scenario.assigned_bytes))
+        nursery.start_soon(watch.run)
+        yield agent, watch
+        nursery.cancel_scope.cancel()
 
 
 async def play(

@@ -2,8 +2,9 @@
 
 Each VM counts with max(W, VM's limit - overhead); one that has no limit yet and nobody in it
 counts nothing. The limits of many VMs can't be read at one instant, and memory that moves from a
-guest already read to one read later would be seen twice. So a pass is repeated until two in a row are equal: then each limit had its value throughout the
-time between them, and their sum was true at that time.
+guest already read to one read later would be seen twice. So a pass is repeated until two in a row
+are equal: then each limit had its value throughout the time between them, and their sum was true at
+that time.
 """
 
 from collections.abc import Mapping

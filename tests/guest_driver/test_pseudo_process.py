@@ -2,6 +2,7 @@
 
 import errno
 import os
+import posix
 import select
 import signal
 import socket
@@ -132,7 +133,7 @@ def test_a_reply_waits_for_a_message_buffer(monkeypatch: pytest.MonkeyPatch) -> 
 
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
-        monkeypatch.setattr(os, "write", write_or_refuse)
+        monkeypatch.setattr(posix, "write", write_or_refuse)
         pseudo_process._answer(theirs.fileno(), b"reply")
         assert ours.recv(64) == b"reply"
         refusals.append(errno.EIO)
