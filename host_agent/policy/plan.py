@@ -10,8 +10,8 @@ class QuotaTarget:
     name: str
     quota_pages: int
     entitled_pages: int
-    """What it would get if every guest could be moved: differs from the quota while somebody can't
-    be, and where the difference is too small to be worth a move."""
+    """What it would get if every guest could be moved down to its reservation: differs from the
+    quota while somebody can't be, and where the difference is too small to be worth a move."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ def guests(draw: st.DrawFn, name: str, *, movable: bool | None = None) -> GuestS
         quota_pages=min(draw(SIZE), assigned),
         demand_pages=draw(maybe),
         working_set_pages=draw(maybe),
+        spare_pages=draw(maybe),
         movable=draw(st.sampled_from([True, True, False])) if movable is None else movable,
         pinned_pages=draw(st.none() | maybe),
     )
@@ -48,14 +49,59 @@ def quotas(answer: Plan) -> dict[str, int]:
     return {target.name: target.quota_pages for target in answer.targets}
 
 
-def need(guest: GuestSnapshot) -> int:
-    wanted = guest.quota_pages if guest.demand_pages is None else guest.demand_pages
-    return sorted((guest.reservation_pages, wanted, guest.assigned_pages))[1]
+def within(guest: GuestSnapshot, pages: int) -> int:
+    return sorted((guest.reservation_pages, pages, guest.assigned_pages))[1]
 
 
 def free_hands(host: HostSnapshot) -> list[GuestSnapshot]:
     """The guests that the policy decides about."""
     return [g for g in host.guests if g.movable and g.pinned_pages is None]
+
+
+def left_for(host: HostSnapshot) -> int:
+    """What those that can't be moved and the pinned ones leave of pool minus reserve."""
+    left = host.shareable_pages
+    for guest in host.guests:
+        if not guest.movable:
+            left -= guest.quota_pages
+        elif guest.pinned_pages is not None:
+            left -= within(guest, guest.pinned_pages)
+    return left
+
+
+def lows_of(host: HostSnapshot) -> dict[str, int]:
+    """What can't be taken: what isn't spare if that is to be believed, else the reservation."""
+    told = {
+        g.name: g.reservation_pages
+        if g.spare_pages is None
+        else within(g, g.quota_pages - g.spare_pages)
+        for g in free_hands(host)
+    }
+    if sum(told.values()) <= left_for(host):
+        return told
+    return {g.name: g.reservation_pages for g in free_hands(host)}
+
+
+def needs_of(host: HostSnapshot) -> dict[str, int]:
+    return {
+        g.name: max(
+            within(g, g.quota_pages if g.demand_pages is None else g.demand_pages),
+            lows_of(host)[g.name],
+        )
+        for g in free_hands(host)
+    }
+
+
+def with_quotas(host: HostSnapshot, now: dict[str, int]) -> HostSnapshot:
+    """The same guests with other quotas; what they can't spare remains the same."""
+
+    def changed(guest: GuestSnapshot) -> GuestSnapshot:
+        quota, spare = now[guest.name], guest.spare_pages
+        if spare is not None:
+            spare = max(0, quota - guest.quota_pages + spare)
+        return replace(guest, quota_pages=quota, spare_pages=spare)
+
+    return replace(host, guests=tuple(map(changed, host.guests)))
 
 
 def is_kept(host: HostSnapshot, answer: Plan) -> bool:
@@ -91,15 +137,18 @@ class TestProperties:
     @given(hosts())
     def test_targets_make_no_page_and_leave_none_idle(self, host: HostSnapshot) -> None:
         answer = plan(host)
-        free = free_hands(host)
-        others = {g.name for g in host.guests} - {g.name for g in free}
-        left = host.shareable_pages - sum(quotas(answer)[name] for name in others)
-        total = sum(quotas(answer)[g.name] for g in free)
-        assert total <= max(left, sum(g.reservation_pages for g in free))
+        total = sum(quotas(answer)[g.name] for g in free_hands(host))
+        least = sum(g.reservation_pages for g in free_hands(host))
+        most = sum(g.assigned_pages for g in free_hands(host))
+        assert total <= max(left_for(host), least)
         if not is_kept(host, answer):
-            least = sum(g.reservation_pages for g in free)
-            most = sum(g.assigned_pages for g in free)
-            assert total == min(max(left, least), most)
+            assert total == min(max(left_for(host), least), most)
+
+    @given(hosts())
+    def test_what_a_guest_cannot_spare_is_not_taken(self, host: HostSnapshot) -> None:
+        answer = quotas(plan(host))
+        for name, low in lows_of(host).items():
+            assert answer[name] >= low
 
     @given(hosts(), st.randoms(use_true_random=False))
     def test_the_order_of_the_guests_does_not_matter(
@@ -111,31 +160,21 @@ class TestProperties:
 
     @given(hosts())
     def test_the_shortage_is_what_is_needed_beyond_what_there_is(self, host: HostSnapshot) -> None:
-        answer = plan(host)
-        needed = 0
-        for guest in host.guests:
-            if not guest.movable:
-                needed += guest.quota_pages
-            elif guest.pinned_pages is not None:
-                needed += need(replace(guest, demand_pages=guest.pinned_pages))
-            else:
-                needed += need(guest)
-        assert answer.shortage_pages == max(0, needed - host.shareable_pages)
+        shortage = sum(needs_of(host).values()) - left_for(host)
+        assert plan(host).shortage_pages == max(0, shortage)
 
     @given(hosts())
-    def test_without_shortage_every_need_is_met(self, host: HostSnapshot) -> None:
+    def test_without_shortage_every_need_is_met_and_in_one_nobody_gets_more(
+        self, host: HostSnapshot
+    ) -> None:
         answer = plan(host)
-        if answer.shortage_pages or is_kept(host, answer):
+        if is_kept(host, answer):
             return
-        for guest in free_hands(host):
-            assert quotas(answer)[guest.name] >= need(guest)
-
-    @given(hosts())
-    def test_in_a_shortage_nobody_gets_more_than_it_needs(self, host: HostSnapshot) -> None:
-        answer = plan(host)
-        if answer.shortage_pages and not is_kept(host, answer):
-            for guest in free_hands(host):
-                assert quotas(answer)[guest.name] <= need(guest)
+        for name, need in needs_of(host).items():
+            if answer.shortage_pages:
+                assert quotas(answer)[name] <= need
+            else:
+                assert quotas(answer)[name] >= need
 
     @given(hosts())
     def test_division_is_fair(self, host: HostSnapshot) -> None:
@@ -143,14 +182,14 @@ class TestProperties:
         answer = plan(host)
         if is_kept(host, answer):
             return
-        got = quotas(answer)
+        got, lows, needs = quotas(answer), lows_of(host), needs_of(host)
         short = answer.shortage_pages > 0
         weighted = [g for g in free_hands(host) if g.shares]
         for poor in weighted:
             for rich in weighted:
-                wants_more = got[poor.name] < (need(poor) if short else poor.assigned_pages)
-                may_give = got[rich.name] > (rich.reservation_pages if short else need(rich))
-                if wants_more and may_give:
+                wants = got[poor.name] < (needs[poor.name] if short else poor.assigned_pages)
+                gives = got[rich.name] > (lows[rich.name] if short else needs[rich.name])
+                if wants and gives:
                     assert (got[poor.name] + 1) * rich.shares > (got[rich.name] - 1) * poor.shares
 
     @given(hosts())
@@ -159,10 +198,7 @@ class TestProperties:
         answer = quotas(plan(host))
         if sum(answer.values()) > host.shareable_pages:
             return
-        reached = replace(
-            host, guests=tuple(replace(g, quota_pages=answer[g.name]) for g in host.guests)
-        )
-        assert quotas(plan(reached)) == answer
+        assert quotas(plan(with_quotas(host, answer))) == answer
 
 
 def step(host: HostSnapshot, floors: dict[str, int]) -> HostSnapshot:
@@ -182,8 +218,7 @@ def step(host: HostSnapshot, floors: dict[str, int]) -> HostSnapshot:
         wanted = answer[guest.name]
         if guest.movable and wanted > now[guest.name]:
             now[guest.name] += min(free, wanted - now[guest.name])
-    after = tuple(replace(g, quota_pages=now[g.name]) for g in host.guests)
-    return replace(host, guests=after)
+    return with_quotas(host, now)
 
 
 class TestComesToRest:
@@ -316,6 +351,33 @@ class TestSmallHosts:
         assert answer.shortage_pages == mib(60)
         assert quotas(answer) == {"a": mib(60), "b": mib(60), "c": mib(10)}
 
+    def test_what_cannot_be_spared_is_not_planned_away(self) -> None:
+        firm = guest("firm", 80, 60, demand_pages=mib(20), spare_pages=mib(10))
+        other = guest("other", 80, 30, demand_pages=mib(60))
+        answer = plan(host(100, 10, firm, other))
+        # It says that it needs 20, but can spare 10 of 60: 50, and 40 of 60 for the other.
+        # Without that word both needs would fit: 20 + 60 of 90, and 10 more to the smaller.
+        assert answer == Plan(
+            (QuotaTarget("firm", mib(50), mib(30)), QuotaTarget("other", mib(40), mib(60))),
+            mib(20),
+        )
+
+    def test_what_cannot_be_spared_is_believed_until_it_exceeds_the_host(self) -> None:
+        a = guest("a", 80, 60, demand_pages=mib(60), spare_pages=0)
+        b = guest("b", 80, 30, demand_pages=mib(60), spare_pages=0)
+        # 60 + 30 are all that there is.
+        assert quotas(plan(host(100, 10, a, b))) == {"a": mib(60), "b": mib(30)}
+        # One page was lent to b: 60 + 30 do not fit, and 60 each are shared out by shares.
+        b = replace(b, quota_pages=mib(30) + 1)
+        assert quotas(plan(host(100, 10, a, b))) == {"a": mib(45), "b": mib(45)}
+
+    @pytest.mark.parametrize("spare", [None, 60, 70])
+    def test_all_or_no_word_of_spare_leaves_the_reservation(self, spare: int | None) -> None:
+        spare_pages = None if spare is None else mib(spare)
+        a = guest("a", 80, 60, demand_pages=0, reservation_pages=mib(5), spare_pages=spare_pages)
+        b = guest("b", 100, 30, demand_pages=mib(100))
+        assert quotas(plan(host(100, 10, a, b))) == {"a": mib(5), "b": mib(85)}
+
     def test_no_shares_no_part_while_others_want_more(self) -> None:
         none = guest("none", 80, 40, shares=0, reservation_pages=mib(20), demand_pages=mib(60))
         some = guest("some", 100, 40, demand_pages=mib(100))
@@ -361,6 +423,18 @@ class TestSmallDifferences:
         half = mib(50)
         snapshot = replace(self.pair(half + 1, half), pool_pages=mib(110), reserve_pages=mib(10))
         assert quotas(plan(snapshot)) == {"a": half, "b": half}
+
+    def test_one_far_above_is_as_bad_as_one_far_below(self) -> None:
+        third, far = mib(30), 3 * STEP_PAGES // 2
+        some = [guest(name, 90, 0, demand_pages=0) for name in "abc"]
+        have = (third + far, third - far // 2, third - far // 2)
+        some = [replace(g, quota_pages=quota) for g, quota in zip(some, have, strict=True)]
+        assert quotas(plan(host(90, 0, *some))) == {"a": third, "b": third, "c": third}
+
+    def test_a_guest_that_has_just_its_reservation_is_left_alone(self) -> None:
+        half = mib(50)
+        answer = plan(self.pair(half - 1, half, reservation_pages=half - 1))
+        assert quotas(answer) == {"a": half - 1, "b": half}
 
     def test_a_pin_is_exact(self) -> None:
         half = mib(50)
