@@ -98,6 +98,8 @@ class Agent:
         self._started_s = 0.0
         self._kills_of_the_gone = 0
         self._saving = trio.Lock()
+        self._knows_all = False
+        """Every VM of the state file was taken over: before, the file knows more than this agent."""
 
     @property
     def places(self) -> Places:
@@ -117,6 +119,7 @@ class Agent:
         async with trio.open_nursery() as nursery:
             await self._adopt_all(nursery)
             self._hosting.keep_running = False
+            self._knows_all = True
             try:
                 self._nursery = nursery
                 nursery.start_soon(self.balancer.run)
@@ -389,6 +392,8 @@ class Agent:
     # What lasts
 
     async def _save(self) -> None:
+        if not self._knows_all:
+            return
         guests = tuple(
             GuestState(
                 name=guest.name,

@@ -31,6 +31,9 @@ PATIENCE_S = 20.0
 
 LOOK_S = 0.01
 
+BALLOON = "from host_agent.cli import main; main()"
+"""The command, whether or not it is on PATH."""
+
 
 class Rig:
     """One agent's root cgroup and directories. Nothing exists before the agent makes it."""
@@ -96,23 +99,30 @@ class Rig:
             with contextlib.suppress(Exception), self.client() as client:
                 client.host()
                 return child
-            assert child.poll() is None, child.stderr and child.stderr.read()
+            assert child.poll() is None, self.stderr()
             assert time.monotonic() < deadline_s, "the agent does not answer"
             time.sleep(0.05)
 
     def balloon(self, *arguments: str) -> "subprocess.Popen[str]":
         """The command as a process, which ends with the test."""
         child = subprocess.Popen(
-            [sys.executable, "-m", "host_agent.cli", *arguments],
+            [sys.executable, "-c", BALLOON, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=(self.base / f"stderr-{len(self.children)}").open("w+"),
+            stderr=self.stderr_path(len(self.children)).open("w"),
             text=True,
             start_new_session=True,
             env={**os.environ, "TMPDIR": str(self.base)},
         )
         self.children.append(child)
         return child
+
+    def stderr_path(self, number: int) -> Path:
+        return self.base / f"stderr-{number}"
+
+    def stderr(self) -> str:
+        """What the command that was started last has said there."""
+        return self.stderr_path(len(self.children) - 1).read_text()
 
     def client(self) -> AgentClient:
         return AgentClient(self.run_dir / "control.sock", answer_timeout_s=60.0)
@@ -196,6 +206,7 @@ class Rig:
     def leftovers(self) -> list[str]:
         """Everything that should be gone when no VM is meant to run any more."""
         found = [f"process {pid}" for pid in self.processes()]
+        found += [f"process {command}" for command in self._commands()]
         if self.cgroup.exists():
             found.append(f"cgroup {self.cgroup}")
         mounts = Path("/proc/self/mountinfo").read_text()
@@ -204,6 +215,14 @@ class Rig:
         for path in self._things():
             found.append(f"file {path}")
         return found
+
+    def _commands(self) -> Iterator[str]:
+        """Command lines that name this test's places: agents and watchdogs among them."""
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                command = path.read_text(errors="replace").replace("\0", " ")
+                if str(self.base) in command or str(self.cgroup) in command:
+                    yield command
 
     def _things(self) -> Iterator[Path]:
         """Sockets, disks and logs of VMs, and the temporary directories of commands."""
