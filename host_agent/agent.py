@@ -96,10 +96,9 @@ class Agent:
         )
         self._nursery: trio.Nursery | None = None
         self._started_s = 0.0
-        self._kills_of_the_gone = 0
         self._saving = trio.Lock()
         self._knows_all = False
-        """Every VM of the state file was taken over: before, the file knows more than this agent."""
+        """All VMs of the state file were taken over; before, it knows more than this agent."""
 
     @property
     def places(self) -> Places:
@@ -226,7 +225,9 @@ class Agent:
                 nursery.start_soon(_first_of, guest.connected, nursery.cancel_scope)
                 nursery.start_soon(_first_of, guest.ended, nursery.cancel_scope)
         if guest.ended.is_set():
-            raise MachineError("its command ended at once")
+            raise MachineError(
+                f"its command ended at once, {guest.ended_with or 'nobody knows how'}"
+            )
         if not guest.connected.is_set():
             raise MachineError(f"its driver did not connect in {CONNECT_DEADLINE_S:g} s")
         guest.phase = Phase.RUNNING
@@ -243,7 +244,6 @@ class Agent:
         try:
             await self._hosting.run(guest, found, task_status=task_status)
         finally:
-            self._kills_of_the_gone += guest.oom_kills
             with trio.CancelScope(shield=True):
                 await self._save()
 
@@ -363,7 +363,7 @@ class Agent:
     @property
     def oom_kills(self) -> int:
         """Processes of mock VMs that the kernel killed for want of memory, since the start."""
-        return self._kills_of_the_gone + sum(
+        return self._hosting.kills_of_the_gone + sum(
             guest.oom_kills for guest in self.balancer.guests.values()
         )
 

@@ -37,6 +37,9 @@ FIRST_REFUSAL_PAUSE_S: Final = 0.25
 LONGEST_REFUSAL_PAUSE_S: Final = 4.0
 """A guest that refused is asked again after a pause that doubles: its state has to change first."""
 
+MOST_REFUSALS: Final = 16
+"""Counted no further: the pause is at its longest, and powers of two outgrow a float."""
+
 URGENT_AFTER_S: Final = 0.25
 """A guest that has waited so long for what it is entitled to makes the matter urgent: then the
 others give up page cache as well."""
@@ -44,8 +47,14 @@ others give up page cache as well."""
 DRY_MEMORY_S: Final = 1.0
 """A guest that ran dry is taken to need more than it has for so long, whatever it reports."""
 
+DRY_NEED_PAGES: Final = pages_of(8 * MIB)
+"""And so much more: about a first loan, and more than what a policy leaves alone as too little."""
+
 UNCOOPERATIVE_AFTER: Final = 3
 """Stuck so many times in a row, a guest is planned around until it gives something."""
+
+UNCOOPERATIVE_PAUSE_S: Final = 30.0
+"""It is given another chance so often: else it could never give anything again."""
 
 
 class Balancer:
@@ -97,17 +106,20 @@ class Balancer:
             return Observation(demand_pages=pages_of(guest.spec.startup_bytes))
         vitals = guest.vitals
         demand_pages = None if vitals is None else _pages_or_none(vitals.demand_bytes)
-        if now_s - guest.dry_s < DRY_MEMORY_S:
+        if _is_dry(guest, now_s):
             # Its statistics are older than its trouble: it needs more than it has.
             quota = self.ledger.view(guest.name).quota_pages
-            demand_pages = max(demand_pages or 0, quota + DEMAND_STEP_PAGES)
+            demand_pages = max(demand_pages or 0, quota + DRY_NEED_PAGES)
         return Observation(
             demand_pages=demand_pages,
             working_set_pages=None if vitals is None else _pages_or_none(vitals.working_set_bytes),
             spare_pages=None if vitals is None else _pages_or_none(vitals.spare_bytes),
             movable=guest.phase is Phase.RUNNING
             and guest.session is not None
-            and guest.stuck_times < UNCOOPERATIVE_AFTER,
+            and (
+                guest.stuck_times < UNCOOPERATIVE_AFTER
+                or now_s - guest.stuck_s > UNCOOPERATIVE_PAUSE_S
+            ),
             pinned_pages=guest.pinned_pages,
         )
 
@@ -137,7 +149,7 @@ class Balancer:
             guest.wanted_since_s is not None and now_s - guest.wanted_since_s > URGENT_AFTER_S
             for guest in self.guests.values()
         )
-        dry = any(now_s - guest.dry_s < DRY_MEMORY_S for guest in self.guests.values())
+        dry = any(_is_dry(guest, now_s) for guest in self.guests.values())
         if self.plan.shortage_pages or self.ledger.lent_pages or waits or dry:
             return Urgency.SHORT
         return Urgency.CALM
@@ -148,9 +160,10 @@ class Balancer:
             return
         if self.ledger.view(guest.name).quota_pages - target_pages < self._frame_pages(guest):
             return
-        if now_s - guest.dry_s < DRY_MEMORY_S:
+        if _is_dry(guest, now_s):
             return
-        if now_s < guest.refused_until_s and urgency == guest.refused_urgency:
+        more_urgent = urgency is Urgency.SHORT and guest.refused_urgency is not Urgency.SHORT
+        if now_s < guest.refused_until_s and not more_urgent:
             return
         guest.refused_urgency = urgency
         guest.session.wish(guest.assigned_pages - target_pages, urgency)
@@ -251,14 +264,17 @@ class Balancer:
         else:
             pause_s = min(FIRST_REFUSAL_PAUSE_S * 2**guest.refusals, LONGEST_REFUSAL_PAUSE_S)
             guest.refused_until_s = trio.current_time() + pause_s
-            guest.refusals += 1
+            guest.refusals = min(guest.refusals + 1, MOST_REFUSALS)
         self.replan()
 
     def left(self, guest: Guest) -> None:
         """The guest is gone from the kernel: strike it out of the books."""
         if guest.name in self.ledger:
+            reserve_before = self.ledger.reserve_left_pages
             pages = self.ledger.remove(guest.name)
             self.moves.credited(guest.name, pages)
+            repaid_pages = self.ledger.reserve_left_pages - reserve_before
+            self.moves.repaid(repaid_pages, trio.current_time())
         self.moves.forget(guest.name)
         if self.guests.get(guest.name) is guest:
             del self.guests[guest.name]
@@ -273,3 +289,8 @@ class Balancer:
 
 def _pages_or_none(size_bytes: int | None) -> int | None:
     return None if size_bytes is None else pages_of(size_bytes)
+
+
+def _is_dry(guest: Guest, now_s: float) -> bool:
+    """It waits for memory, or did so just now."""
+    return guest.dry or now_s - guest.dry_s < DRY_MEMORY_S

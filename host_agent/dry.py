@@ -66,8 +66,11 @@ class DryAnswer:
         if given:
             self._step_pages = min(self._step_pages * 2, LARGEST_STEP_PAGES)
             LOG.info("%s ran dry: lent it %.1f MiB", guest.name, bytes_of(given) / MIB)
-            return
-        await self._wait_for_memory(began_s)
+        elif self._is_at_full_size():
+            await self._let_kernel_decide()
+        else:
+            LOG.warning("%s ran dry and there is nothing to lend: it waits", guest.name)
+            await self._wait_for_memory(began_s)
 
     def _choose_step(self, now_s: float) -> None:
         if now_s - self._last_s > CALM_AFTER_S:
@@ -76,7 +79,6 @@ class DryAnswer:
 
     async def _wait_for_memory(self, began_s: float) -> None:
         guest, quota = self._guest, self._guest.live_quota
-        LOG.warning("%s ran dry and there is nothing to lend: it waits", guest.name)
         while quota.dry_state().under_oom:
             if self._balancer.lend(guest, FIRST_STEP_PAGES):
                 LOG.info("%s waited %.0f ms", guest.name, (trio.current_time() - began_s) * 1000)
@@ -94,7 +96,9 @@ class DryAnswer:
 
     async def _let_kernel_decide(self) -> None:
         guest, quota = self._guest, self._guest.live_quota
-        kills_before = quota.dry_state().kills_total
+        why = "it has its full size" if self._is_at_full_size() else "nobody could give it more"
+        # What was killed is told by whoever counts it: the guest may end with that.
+        LOG.warning("%s is out of memory (%s): its kernel decides", guest.name, why)
         quota.let_kernel_decide()
         try:
             with trio.move_on_after(KERNEL_DECIDES_S):
@@ -102,6 +106,3 @@ class DryAnswer:
                     await trio.sleep(LOOK_AGAIN_S)
         finally:
             quota.rearm()
-        kills = quota.dry_state().kills_total - kills_before
-        why = "it has its full size" if self._is_at_full_size() else "nobody could give it more"
-        LOG.warning("%s is out of memory (%s): its kernel killed %d", guest.name, why, kills)

@@ -89,6 +89,8 @@ class Guest:
     quota_changed: trio.Event = field(default_factory=trio.Event)
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     ended: trio.Event = field(default_factory=trio.Event)
+    ended_with: str = ""
+    """How its command ended, once it has."""
 
     def tell_quota_changed(self) -> None:
         """Wake whoever waits for `quota_changed`; the next change has an event of its own."""

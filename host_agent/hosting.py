@@ -89,6 +89,8 @@ class Hosting:
         self._dry_patience_s = dry_patience_s
         self.keep_running = False
         """Set before the agent ends, to leave the VMs as they are."""
+        self.kills_of_the_gone = 0
+        """Processes of VMs that have ended, killed by their kernels for want of memory."""
 
     async def run(
         self,
@@ -118,6 +120,7 @@ class Hosting:
                     started = True
                     task_status.started()
                     status = await guest.machine.wait_exited()
+                    guest.ended_with = str(status)
                     LOG.info("%s ended: %s", guest.name, status)
                     nursery.cancel_scope.cancel()
         except* QuotaError as errors:
@@ -189,6 +192,7 @@ class Hosting:
             if guest.quota is not None and guest.quota.directory.exists():
                 guest.ended.set()
                 return
+        self.kills_of_the_gone += guest.oom_kills
         self._balancer.left(guest)
         await trio.to_thread.run_sync(self._places.remove, guest.name)
         guest.ended.set()
