@@ -152,18 +152,14 @@ async def _move(scale: Scale) -> Figure:
     ):
         await _launch(agent, "a", assigned, startup=least)
         await _launch(agent, "b", assigned, startup=least)
-        await _set_quota(agent, "b", least)
-        await _set_quota(agent, "a", most)
         rich, poor = "a", "b"
         for turn in range(scale.repetitions + 1):
+            # The rich one is the policy's: it gets whatever the other is not promised.
+            await agent.change(rich, VmChange(automatic=True))
+            await _until_quota(agent, rich, most)
             plain_s = await loop.turn()
             await trio.sleep(REST_S)
-            async with trio.open_nursery() as nursery:
-                began_s = perf_counter()
-                nursery.start_soon(agent.change, rich, VmChange(quota_bytes=least))
-                nursery.start_soon(agent.change, poor, VmChange(quota_bytes=most))
-                await _until_quota(agent, poor, most)
-                moved_s = perf_counter() - began_s
+            moved_s = await _time_quota(agent, poor, most)
             await trio.sleep(REST_S)
             rich, poor = poor, rich
             if turn:

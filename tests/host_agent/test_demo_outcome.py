@@ -1,0 +1,128 @@
+"""What the demonstration makes of what it saw."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from host_agent.demo.outcome import Act, Outcome, Stall, describe_moves
+from host_agent.demo.scenario import SCENARIOS
+from host_agent.demo.screen import live_table, print_summary
+from host_agent.facade.port import HostView, VmView
+from host_agent.moves import Move
+from protocol.units import MIB
+
+
+def outcome(**changes: object) -> Outcome:
+    moves = (Move("vm02", "vm01", 256, 10.0, 10.25),)
+    act = Act("a. One grows", "much", "enough", 1.5, moves, Stall("vm01", 0.012, "cache"))
+    values: dict[str, object] = {
+        "pool_bytes": 100 * MIB,
+        "overcommit_ratio": 1.33,
+        "acts": [act],
+        "highest_sum_of_limits_bytes": 100 * MIB,
+        "samples": 7,
+    }
+    return Outcome(**(values | changes))  # type: ignore[arg-type]
+
+
+def test_json_names_moves_stalls_and_the_kernels_sum() -> None:
+    found = json.loads(json.dumps(outcome().to_json()))
+    assert found["moves"] == [
+        {"act": "a. One grows", "from": "vm02", "to": "vm01", "bytes": MIB, "seconds": 0.25}
+    ]
+    assert found["stalls"][0]["seconds"] == 0.012
+    assert found["oom_kills"] == 0
+    assert found["highest_sum_of_limits_bytes"] == found["pool_bytes"] == 100 * MIB
+    assert found["holds"] is True
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"oom_kills": 1}, "killed"),
+        ({"highest_sum_of_limits_bytes": 100 * MIB + 4096}, "exceeded the pool"),
+        ({"samples": 0}, "never read"),
+        ({"acts": [Act("a", "x", "y", 1.0, (), None, ("it did not",))]}, "a: it did not"),
+    ],
+)
+def test_it_holds_only_if_all_of_it_held(changes: dict[str, object], complaint: str) -> None:
+    found = outcome(**changes)
+    assert not found.holds
+    assert complaint in "; ".join(found.failures)
+    assert found.to_json()["holds"] is False
+
+
+def test_the_summary_tells_a_person() -> None:
+    text = io.StringIO()
+    print_summary(Console(file=text, width=120), outcome())
+    for part in (
+        "One grows",
+        "1MiB from vm02 to vm01",
+        "12.0 ms",
+        "OOM kills: 0",
+        "All of it held",
+    ):
+        assert part in text.getvalue()
+    text = io.StringIO()
+    print_summary(Console(file=text, width=120), outcome(oom_kills=2))
+    assert "NOT all of it held" in text.getvalue()
+
+
+def test_moves_are_described_in_a_line() -> None:
+    assert describe_moves(()) == "nothing had to move"
+    many = tuple(Move(f"vm{n}", "vm9", 256, 0.0, 0.1) for n in range(4))
+    assert describe_moves(many).startswith("4MiB from 4 holders to vm9")
+
+
+@pytest.mark.parametrize("name", sorted(SCENARIOS))
+def test_a_scenario_overcommits_and_keeps_its_promises(name: str) -> None:
+    scenario = SCENARIOS[name]()
+    everybody = scenario.vms + 1
+    shareable = scenario.pool_bytes - scenario.reserve_bytes
+    assert scenario.overcommit_ratio > 1.2
+    assert everybody * scenario.reservation_bytes <= shareable
+    assert everybody * scenario.crowded.total_bytes > scenario.pool_bytes
+    assert scenario.crowded.anon_bytes < scenario.reservation_bytes, "shortage would kill"
+
+
+def test_the_live_table_shows_everybody() -> None:
+    vm = VmView(
+        name="vm01",
+        state="running",
+        backend="process",
+        assigned_bytes=160 * MIB,
+        reservation_bytes=0,
+        shares=1000,
+        quota_bytes=120 * MIB,
+        balloon_actual_bytes=40 * MIB,
+        balloon_target_bytes=40 * MIB,
+        lent_bytes=0,
+        overhead_bytes=0,
+        oom_kills=0,
+        connected=True,
+    )
+    host = HostView(
+        pool_bytes=100 * MIB,
+        reserve_bytes=0,
+        reserve_left_bytes=0,
+        free_bytes=0,
+        quotas_bytes=0,
+        assigned_bytes=0,
+        overcommit_ratio=1.0,
+        policy="shares",
+        shortage=True,
+        shortage_bytes=9 * MIB,
+        oom_kills=0,
+        moves_total=0,
+        version="0",
+        cgroup_version=1,
+        uptime_s=1.0,
+    )
+    console = Console(file=io.StringIO(), width=140, record=True)
+    console.print(live_table("act", host, [vm]))
+    shown = console.export_text()
+    assert "vm01" in shown
+    assert "120 MiB" in shown
+    assert "SHORT of 9 MiB" in shown
