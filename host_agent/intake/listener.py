@@ -91,12 +91,15 @@ def open_auditor(guest: Guest, hello: Hello) -> FrameAuditor:
     quota = guest.live_quota
     for pid in quota.processes(Part.DRIVER):
         if _pid_inside(pid) == hello.pseudo_process_pid:
-            return FrameAuditor(
-                pid=pid,
-                arena_address=hello.arena_address,
-                arena_pages=hello.arena_pages,
-                driver_cgroup_inode=quota.driver_inode(),
-            )
+            try:
+                return FrameAuditor(
+                    pid=pid,
+                    arena_address=hello.arena_address,
+                    arena_pages=hello.arena_pages,
+                    driver_cgroup_inode=quota.driver_inode(),
+                )
+            except ValueError as error:  # an arena that can't be
+                raise HelloRefused(str(error)) from error
     raise HelloRefused(f"no process of its driver has pid {hello.pseudo_process_pid}")
 
 
