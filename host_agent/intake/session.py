@@ -16,8 +16,10 @@ caller closes the connection. Its quota stays what the ledger says.
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Final, Protocol, TypeVar
 
 import trio
@@ -25,13 +27,17 @@ import trio
 from host_agent.audit.frames import AuditResult
 from host_agent.blocking import DeadlinePassed, Threads, run_blocking
 from host_agent.guest import Guest
+from host_agent.intake.pace import Pace
 from host_agent.ledger.ledger import Ledger
+from host_agent.quota.base import SETTLE_TIMEOUT_S
 from host_agent.quota.errors import LimitRefused, NoRoom, QuotaError
 from protocol.channel import Channel
+from protocol.errors import ChannelBroken
 from protocol.messages import (
     Claim,
     Decline,
     Dropped,
+    Goodbye,
     Hello,
     Message,
     Offer,
@@ -60,6 +66,12 @@ AUDIT_DEADLINE_S: Final = 10.0
 ROOM_DEADLINE_S: Final = 10.0
 """Making room may have to write 100 MiB of dirty cache to a slow disk."""
 
+LOWER_AGAIN_S: Final = 0.002
+"""The kernel's counters lag by 64 pages a CPU, and come right within milliseconds."""
+
+MOST_VITALS: Final = 100
+"""In a second: twenty times as many as are asked for. More would keep the host from its work."""
+
 SMALLEST_ROOM_PAGES: Final = pages_of(1 * MIB)
 """Below this, halving an offer that found no room is not worth the attempts."""
 
@@ -80,7 +92,7 @@ class GuestAtFault(Exception):
 
 
 class GuestLied(GuestAtFault):
-    """It named frames that are not its own, or kept frames that it said it had dropped."""
+    """It named frames that are not its own, kept frames that it said it had dropped, or floods."""
 
 
 class GuestStuck(GuestAtFault):
@@ -132,6 +144,9 @@ class _Inflation:
     open_reports: int = 0
     claimed_pages: int = 0
     reserved: bool = False
+    given_up: bool = False
+    """No room is to be made for it any more: the guest was given memory, or its kernel takes too
+    long."""
 
 
 class GuestSession:
@@ -163,6 +178,7 @@ class GuestSession:
         self._outbox, self._outgoing = trio.open_memory_channel[Message](math.inf)
         self._jobs, self._work = trio.open_memory_channel[Report | Dropped](math.inf)
         self._nursery: trio.Nursery | None = None
+        self._vitals_pace = Pace(MOST_VITALS, 1.0)
 
     # What the agent asks
 
@@ -190,13 +206,17 @@ class GuestSession:
         self._send(Return(frames))
 
     def stop_making_room(self) -> None:
-        """The guest is about to get more: room that is only being made is given up.
+        """The guest is about to get more: an attempt that has no room yet is given up.
 
         The kernel side ends by itself: `make_room` gives up when the limit is raised.
         """
         inflation = self._inflation
-        if inflation is not None and inflation.step is _Step.MAKING_ROOM:
-            self._ledger.close_room(self._guest.name)
+        if inflation is None or inflation.step is _Step.RESERVING:
+            return
+        inflation.given_up = True
+        if inflation.step is _Step.MAKING_ROOM:
+            # The limit is raised here and not only by what the guest gets, which may be nothing.
+            self.return_room()
 
     def supersede(self) -> None:
         """Another connection took this one's place: end it."""
@@ -228,6 +248,8 @@ class GuestSession:
     def _take(self, message: Message) -> None:
         match message:
             case Vitals():
+                if self._vitals_pace.is_too_fast(trio.current_time()):
+                    raise GuestLied(f"it sends more than {MOST_VITALS} vitals a second")
                 self._guest.vitals = message
                 self._guest.vitals_s = trio.current_time()
                 self._owner.vitals_came(self._guest)
@@ -252,6 +274,9 @@ class GuestSession:
             case Dropped():
                 self._progress()
                 self._jobs.send_nowait(message)
+            case Goodbye():
+                # At once: nothing more may be said, and more may be about to be.
+                raise ChannelBroken(f"the driver said goodbye: {message.reason}")
 
     def _is_current(self, target_id: int) -> bool:
         return self._inflation is not None and self._inflation.target_id == target_id
@@ -280,45 +305,56 @@ class GuestSession:
 
     async def _make_room(self, inflation: _Inflation, pages: int) -> None:
         """Shrink the workload by `pages`, or by half as often as that finds no room."""
-        pages -= pages % (1 << self._frame_order)
-        while pages >= max(
-            1 << self._frame_order, min(SMALLEST_ROOM_PAGES, inflation.wanted_pages)
-        ):
-            if await self._try_room(pages):
+        frame_pages = 1 << self._frame_order
+        pages -= pages % frame_pages
+        least_pages = max(frame_pages, min(SMALLEST_ROOM_PAGES, inflation.wanted_pages))
+        while pages >= least_pages and not inflation.given_up:
+            if await self._try_room(inflation, pages):
                 inflation.step = _Step.RESERVING
                 self._progress()
                 self._send(Reserve(inflation.target_id, pages, self._frame_order))
                 return
             pages //= 2
-            pages -= pages % (1 << self._frame_order)
+            pages -= pages % frame_pages
         self._note("no_room", "the workload's limit could not be lowered")
         self._send(Decline(inflation.target_id, "the guest needs what it was asked for"))
         self._end_inflation()
 
-    async def _try_room(self, pages: int) -> bool:
-        name, quota = self._guest.name, self._guest.live_quota
-        if pages > self._ledger.view(name).workload_pages:
+    async def _try_room(self, inflation: _Inflation, pages: int) -> bool:
+        guest, name = self._guest, self._guest.name
+        if guest.shrinking.locked() or pages > self._ledger.view(name).workload_pages:
             return False
         # In the books first: whoever raises the quota meanwhile sees the intended limit and stops
         # us (`stop_making_room`), so that the kernel and the books can't part.
         self._ledger.make_room(name, pages)
-        limit = bytes_of(self._ledger.view(name).workload_pages)
-        before = limit + bytes_of(pages)
+        limit_bytes = bytes_of(self._ledger.view(name).workload_pages)
         try:
             await run_blocking(
-                lambda: quota.make_room(limit),
+                partial(self._shrink, limit_bytes, trio.lowlevel.current_trio_token()),
                 timeout_s=ROOM_DEADLINE_S,
                 limiter=self._threads.limit_writes,
-                undo=lambda: quota.raise_workload(before),
             )
-        except (NoRoom, DeadlinePassed):
-            self._ledger.close_room(name)
+            await trio.lowlevel.checkpoint_if_cancelled()
+        except (NoRoom, DeadlinePassed) as error:
+            inflation.given_up |= isinstance(error, DeadlinePassed)
+            self.return_room()
             return False
         except BaseException:
-            self._ledger.close_room(name)
+            self.return_room()
             raise
         # Room that was given up while the write was under way has been undone by a raise.
-        return self._ledger.view(name).room_pages > 0
+        return not inflation.given_up
+
+    def _shrink(self, limit_bytes: int, token: trio.lowlevel.TrioToken) -> None:
+        """The limit write, in a thread that may outlive its attempt, and even this session."""
+        if not self._guest.shrinking.acquire(blocking=False):
+            raise NoRoom("an earlier limit write of this guest is still under way")
+        try:
+            self._guest.live_quota.make_room(limit_bytes)
+        finally:
+            self._guest.shrinking.release()
+            with suppress(trio.RunFinishedError):
+                token.run_sync_soon(self._put_limit_right)
 
     # Reports and drops, in order
 
@@ -355,6 +391,7 @@ class GuestSession:
             self._note("rejected", shown)
         if good:
             self._send(Claim(report.report_id, good))
+            self._progress()  # it owes the drop from now on, however long the look took
         elif self._inflation is not None:
             self._inflation.open_reports -= 1
             self._end_if_settled()
@@ -374,29 +411,35 @@ class GuestSession:
         self._end_if_settled()
 
     async def _lower_quota(self, pages: int) -> None:
-        """Lower the VM's limit by `pages` that have left it.
+        """Lower the VM's limit by `pages` that have left it; the caller credits them at once.
 
-        On the event loop, so that no raise can come between the books and the kernel: nothing is
-        reclaimed, since the pages are gone. Only where the kernel's counters lag does a thread
-        wait for them; a raise that comes meanwhile is put right afterwards.
+        On the event loop, so that no raise can come between the kernel and the books: nothing is
+        reclaimed, since the pages are gone. Where the kernel's counters lag it is tried again,
+        each time with what the books say then.
         """
         quota, name = self._guest.live_quota, self._guest.name
-        wanted = bytes_of(self._ledger.view(name).quota_pages - pages)
-        try:
-            quota.lower_quota(wanted, timeout_s=0.0)
-        except LimitRefused:
-            await self._in_thread(lambda: quota.lower_quota(wanted), "lowering the limit")
-            now = bytes_of(self._ledger.view(name).quota_pages - pages)
-            if now > wanted:
-                quota.raise_quota(now, bytes_of(self._ledger.view(name).workload_pages))
+        deadline_s = trio.current_time() + SETTLE_TIMEOUT_S
+        while True:
+            await trio.lowlevel.checkpoint_if_cancelled()
+            wanted_pages = self._ledger.view(name).quota_pages - pages
+            try:
+                return quota.lower_quota(bytes_of(wanted_pages), timeout_s=0.0)
+            except LimitRefused as error:
+                if trio.current_time() >= deadline_s:
+                    raise GuestAtFault(f"its limit can't follow its balloon: {error}") from error
+            await trio.sleep(LOWER_AGAIN_S)
 
     async def _in_thread(self, call: Callable[[], T], what: str) -> T:
         try:
-            return await run_blocking(
+            result = await run_blocking(
                 call, timeout_s=AUDIT_DEADLINE_S, limiter=self._threads.audits
             )
         except DeadlinePassed as error:
             raise GuestStuck(f"{what}: {error}") from None
+        # A newer connection may have taken this one's place in the same instant, and settled with
+        # the books already.
+        await trio.lowlevel.checkpoint_if_cancelled()
+        return result
 
     # The end of an attempt
 
@@ -413,14 +456,22 @@ class GuestSession:
 
     def return_room(self) -> None:
         """Give room that was made and not used back to the workload."""
+        self._ledger.close_room(self._guest.name)
+        self._put_limit_right()
+
+    def _put_limit_right(self) -> None:
+        """Raise the workload's limit to what the books say.
+
+        Also where no room was open: after a write that ended late, or one of an agent before this.
+        """
         name = self._guest.name
-        if self._ledger.close_room(name):
-            try:
-                self._guest.live_quota.raise_workload(
-                    bytes_of(self._ledger.view(name).workload_pages)
-                )
-            except QuotaError as error:
-                self._note("quota", str(error))
+        if name not in self._ledger or self._guest.quota is None:
+            return  # it was removed meanwhile
+        limit_bytes = bytes_of(self._ledger.view(name).workload_pages)
+        try:
+            self._guest.quota.raise_workload(limit_bytes)
+        except QuotaError as error:
+            self._note("quota", str(error))
 
     async def _watch_progress(self) -> None:
         while True:
