@@ -12,7 +12,7 @@ import contextlib
 import logging
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import trio
@@ -21,7 +21,7 @@ from guest_driver.balloon import Decision, Wish, decide, most_to_give_bytes
 from guest_driver.demand import DemandEstimate, next_estimate
 from guest_driver.frame_states import FrameState
 from guest_driver.pseudo_process import PseudoProcess
-from guest_driver.reservoir import NoRoom, PseudoProcessDied, Reservoir
+from guest_driver.reservoir import NoRoom, PseudoProcessDied, Reservoir, ReservoirClosed
 from guest_driver.vitals import GuestMemory, VitalsReader
 from protocol.channel import Channel
 from protocol.connection import Connection
@@ -136,13 +136,14 @@ class Driver:
         """Whatever the host has not claimed is the guest's again."""
         with trio.CancelScope(shield=True):
             states = self._reservoir.states
-            # A command that is under way ends within milliseconds, in one state or the other.
-            while states.count(FrameState.PENDING):
+            # A command that is under way ends within milliseconds, in one state or the other. Not
+            # by the states: what was PENDING when the pseudo-process died stays so for ever.
+            while self._reservoir.is_busy:
                 await trio.sleep(0.001)
             for state in (FrameState.RESERVED, FrameState.REPORTED):
                 frames = states.frames_in(state)
                 if frames:
-                    with contextlib.suppress(PseudoProcessDied):
+                    with contextlib.suppress(PseudoProcessDied, ReservoirClosed):
                         await self._reservoir.release(frames, FrameState.FREE)
 
     # The guest's own view
@@ -166,6 +167,14 @@ class _Attempt:
     reported_pages: int = 0
     reason: RefusalReason | None = None
     detail: str = ""
+
+
+@dataclass(slots=True)
+class _Reserving:
+    """A reservation under way; `ended` once the host has been told so."""
+
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    ended: trio.Event = field(default_factory=trio.Event)
 
 
 class Conversation:
@@ -234,17 +243,20 @@ class Conversation:
     async def _listen(self, channel: Channel, nursery: trio.Nursery) -> None:
         """Answer the host until it resets."""
         states = self._reservoir.states
-        reserving: trio.CancelScope | None = None
+        reserving: _Reserving | None = None
         while True:
             message = await channel.receive()
             match message:
                 case Target():
-                    # A new target replaces the old one: what is not reserved yet won't be.
+                    # A new target replaces the old one: what is not reserved yet won't be, and the
+                    # host hears of the end of that before it hears another offer.
                     if reserving is not None:
-                        reserving.cancel()
+                        reserving.scope.cancel()
+                        await reserving.ended.wait()
+                        reserving = None
                     await self._answer_target(channel, message)
                 case Reserve():
-                    reserving = trio.CancelScope()
+                    reserving = _Reserving()
                     nursery.start_soon(self._reserve, channel, message, reserving)
                 case Claim():
                     nursery.start_soon(self._drop, channel, message)
@@ -274,10 +286,10 @@ class Conversation:
 
     # Frames
 
-    async def _reserve(self, channel: Channel, order: Reserve, scope: trio.CancelScope) -> None:
+    async def _reserve(self, channel: Channel, order: Reserve, reserving: "_Reserving") -> None:
         """Reserve what the host made room for, and report it piece by piece."""
         attempt = _Attempt()
-        with scope:
+        with reserving.scope:
             frames = self._reservoir.states.lowest_free(order.pages, order.frame_order)
             under_way = trio.Semaphore(REPORTS_UNDER_WAY)
             async with trio.open_nursery() as nursery:
@@ -288,7 +300,7 @@ class Conversation:
                     nursery.start_soon(
                         self._reserve_piece, channel, order, piece, attempt, under_way
                     )
-        if scope.cancelled_caught:
+        if reserving.scope.cancelled_caught:
             attempt.reason = RefusalReason.BUSY
         elif attempt.reported_pages < order.pages and attempt.reason is None:
             attempt.reason = RefusalReason.AT_TARGET
@@ -297,6 +309,7 @@ class Conversation:
                 order.target_id, attempt.reported_pages, attempt.reason, one_line(attempt.detail)
             )
         )
+        reserving.ended.set()
 
     async def _reserve_piece(
         self,

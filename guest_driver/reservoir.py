@@ -114,6 +114,11 @@ class Reservoir:
         """Order of the arena's frames, 0 or 9."""
         return self._process.frame_order
 
+    @property
+    def is_busy(self) -> bool:
+        """Commands are under way, those of cancelled calls included. Never once it is over."""
+        return bool(self._requests)
+
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Carry commands and replies. Returns after `aclose`; raises PseudoProcessDied.
 
