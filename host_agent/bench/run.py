@@ -180,7 +180,7 @@ async def _move(scale: Scale) -> Figure:
 async def _bursts(scale: Scale) -> list[Figure]:
     """A workload that needs much more than its quota, at once, again and again."""
     burst = scale.burst_bytes
-    quota = 96 * MIB
+    quota = 192 * MIB  # above what the guest never goes below at this size
     assigned = quota + 2 * burst + 64 * MIB
     stalls: list[float] = []
     async with _burst_host(quota, assigned, reserve_bytes=2 * burst) as (agent, workload):

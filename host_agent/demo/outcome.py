@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from host_agent.moves import Move
-from host_agent.sizes import format_size
+from protocol.units import MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +108,11 @@ class Outcome:
         }
 
 
+def mib(size_bytes: int) -> str:
+    """A size as the demonstration shows it: all in one unit, so that sums can be checked."""
+    return f"{size_bytes / MIB:.0f} MiB"
+
+
 def moved_bytes(moves: tuple[Move, ...]) -> int:
     """All of what moved."""
     return sum(move.size_bytes for move in moves)
@@ -121,7 +126,7 @@ def describe_moves(moves: tuple[Move, ...]) -> str:
     takers = sorted({move.taker for move in moves})
     slowest_s = max(move.seconds for move in moves)
     return (
-        f"{format_size(moved_bytes(moves))} from {_names(givers)} to {_names(takers)}, "
+        f"{mib(moved_bytes(moves))} from {_names(givers)} to {_names(takers)}, "
         f"each wish met in {slowest_s * 1000:.0f} ms at most"
     )
 

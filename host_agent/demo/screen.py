@@ -1,15 +1,15 @@
 """The live table of the demonstration, and its summary as text."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Final
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from host_agent.demo.outcome import Outcome, describe_moves
+from host_agent.demo.outcome import Outcome, describe_moves, mib
 from host_agent.facade.port import HostView, VmView
-from host_agent.sizes import format_size
 from protocol.units import MIB
 
 BAR_CHARS: Final = 40
@@ -48,7 +48,7 @@ def _bar(vm: VmView) -> Text:
 
 
 def _mib(size_bytes: int | None) -> str:
-    return "?" if size_bytes is None else f"{size_bytes / MIB:.0f} MiB"
+    return "?" if size_bytes is None else mib(size_bytes)
 
 
 def _pool_line(host: HostView) -> Text:
@@ -66,35 +66,28 @@ def _pool_line(host: HostView) -> Text:
 
 def print_summary(console: Console, outcome: Outcome) -> None:
     """What a person wants to know at the end."""
-    console.print()
-    console.print("What happened", style="bold", highlight=False)
+    show = partial(console.print, highlight=False, soft_wrap=True)
+    show()
+    show("What happened", style="bold")
     for act in outcome.acts:
-        console.print(f"  {act.title}", style="bold", highlight=False)
-        console.print(f"    asked    {act.asked}", highlight=False)
-        console.print(f"    given    {act.given} ({act.seconds:.1f} s)", highlight=False)
-        console.print(f"    moved    {describe_moves(act.moves)}", highlight=False)
+        show(f"  {act.title}", style="bold")
+        show(f"    asked    {act.asked}")
+        show(f"    given    {act.given} ({act.seconds:.1f} s)")
+        show(f"    moved    {describe_moves(act.moves)}")
         if act.stall is not None:
-            console.print(
-                f"    stalls   longest touch {act.stall.seconds * 1000:.1f} ms "
-                f"({act.stall.vm}, {act.stall.kind})",
-                highlight=False,
-            )
+            stall_ms = act.stall.seconds * 1000
+            show(f"    stalls   longest touch {stall_ms:.1f} ms ({act.stall.vm}, {act.stall.kind})")
         for failure in act.failures:
-            console.print(f"    FAILED   {failure}", style="bold red", highlight=False)
-    highest = outcome.highest_sum_of_limits_bytes
-    console.print(
-        f"  The kernel's own sum of limits: {format_size(highest)} at its highest, "
-        f"of a pool of {format_size(outcome.pool_bytes)} ({outcome.samples} readings)",
-        highlight=False,
+            show(f"    FAILED   {failure}", style="bold red")
+    show(
+        f"  The kernel's own sum of limits: {mib(outcome.highest_sum_of_limits_bytes)} at its "
+        f"highest, of a pool of {mib(outcome.pool_bytes)} ({outcome.samples} readings)"
     )
     if outcome.peak_memory_bytes is not None:
-        console.print(
-            f"  Memory of all VMs, drivers included: {format_size(outcome.peak_memory_bytes)} "
-            f"at its highest",
-            highlight=False,
-        )
-    console.print(f"  OOM kills: {outcome.oom_kills}", highlight=False)
+        peak = mib(outcome.peak_memory_bytes)
+        show(f"  Memory of all VMs, drivers included: {peak} at its highest")
+    show(f"  OOM kills: {outcome.oom_kills}")
     for failure in outcome.failures:
-        console.print(f"  did not hold: {failure}", style="bold red", highlight=False)
+        show(f"  did not hold: {failure}", style="bold red")
     verdict = "All of it held." if outcome.holds else "NOT all of it held."
-    console.print(f"{verdict} ({outcome.seconds:.0f} s)", style="bold", highlight=False)
+    show(f"{verdict} ({outcome.seconds:.0f} s)", style="bold")

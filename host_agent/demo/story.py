@@ -11,7 +11,7 @@ from typing import Final
 import trio
 
 from host_agent.agent import Agent
-from host_agent.demo.outcome import Act, Outcome, Stall
+from host_agent.demo.outcome import Act, Outcome, Stall, mib
 from host_agent.demo.scenario import Appetite, Scenario
 from host_agent.demo.watch import LimitWatch, peak_memory_bytes
 from host_agent.errors import AgentError
@@ -20,7 +20,6 @@ from host_agent.guest import overhead_of
 from host_agent.guest_command import WORKLOAD_SOCKET
 from host_agent.moves import Move
 from host_agent.private_agent import private_agent
-from host_agent.sizes import format_size
 from host_agent.workload_client import WorkloadClient, WorkloadError
 from protocol.units import MIB
 
@@ -60,8 +59,8 @@ class Story:
     async def _start(self) -> Act:
         plan = self._scenario
         asked = (
-            f"{plan.vms} VMs of {format_size(plan.assigned_bytes)} each on "
-            f"{format_size(plan.pool_bytes)}, each using about {format_size(plan.calm.total_bytes)}"
+            f"{plan.vms} VMs of {mib(plan.assigned_bytes)} each on "
+            f"{mib(plan.pool_bytes)}, each using about {mib(plan.calm.total_bytes)}"
         )
         return await self._act(
             "0. Ten VMs start" if plan.vms == 10 else "0. The VMs start", asked, self._launch_all
@@ -73,24 +72,24 @@ class Story:
                 nursery.start_soon(self._launch, number)
         await self._until_steady()
         quotas = [vm.quota_bytes for vm in self._agent.vms()]
-        return f"quotas from {format_size(min(quotas))} to {format_size(max(quotas))}"
+        return f"quotas from {mib(min(quotas))} to {mib(max(quotas))}"
 
     async def _one_grows(self) -> Act:
         name, grown = self._name(1), self._scenario.grown
-        asked = f"{name} grows from {format_size(self._scenario.calm.total_bytes)} to "
-        asked += format_size(grown.total_bytes)
+        asked = f"{name} grows from {mib(self._scenario.calm.total_bytes)} to "
+        asked += mib(grown.total_bytes)
 
         async def play() -> str:
             before = self._agent.vm(name).quota_bytes
             await self._set(name, grown)
             await self._until(
                 lambda: self._agent.vm(name).quota_bytes >= grown.total_bytes,
-                f"{name} to get {format_size(grown.total_bytes)}",
+                f"{name} to get {mib(grown.total_bytes)}",
             )
             await self._until_touched(name, grown)
             await self._until_steady()
             after = self._agent.vm(name).quota_bytes
-            return f"its quota went from {format_size(before)} to {format_size(after)}"
+            return f"its quota went from {mib(before)} to {mib(after)}"
 
         return await self._act("a. One VM grows", asked, play)
 
@@ -104,11 +103,11 @@ class Story:
             ready_s = trio.current_time() - began_s
             await self._until_steady()
             quota = self._agent.vm(name).quota_bytes
-            return f"{name} ran {ready_s * 1000:.0f} ms later, with {format_size(quota)}"
+            return f"{name} ran {ready_s * 1000:.0f} ms later, with {mib(quota)}"
 
-        asked = f"an eleventh VM of {format_size(self._scenario.assigned_bytes)}"
+        asked = f"an eleventh VM of {mib(self._scenario.assigned_bytes)}"
         if number != 11:
-            asked = f"one more VM of {format_size(self._scenario.assigned_bytes)}"
+            asked = f"one more VM of {mib(self._scenario.assigned_bytes)}"
         return await self._act("b. One more VM", asked, play)
 
     async def _crowd(self) -> Act:
@@ -116,8 +115,8 @@ class Story:
         names = [vm.name for vm in self._agent.vms()]
         wanted = len(names) * crowded.total_bytes
         asked = (
-            f"all {len(names)} want {format_size(crowded.total_bytes)} at once: "
-            f"{format_size(wanted)} of {format_size(self._scenario.pool_bytes)}"
+            f"all {len(names)} want {mib(crowded.total_bytes)} at once: "
+            f"{mib(wanted)} of {mib(self._scenario.pool_bytes)}"
         )
         failures: list[str] = []
 
@@ -131,7 +130,7 @@ class Story:
                 failures.append("the shortage was not said any more when all had settled")
             failures.extend(self._unfair())
             return (
-                f"{self._quotas_by_shares()}; short of {format_size(shortage)}, "
+                f"{self._quotas_by_shares()}; short of {mib(shortage)}, "
                 f"shares and reservations decided"
             )
 
@@ -139,7 +138,7 @@ class Story:
 
     async def _calm(self) -> Act:
         calm = self._scenario.calm
-        asked = f"all go back to {format_size(calm.total_bytes)}"
+        asked = f"all go back to {mib(calm.total_bytes)}"
 
         async def play() -> str:
             for vm in self._agent.vms():
@@ -217,7 +216,7 @@ class Story:
             ):
                 return
             await trio.sleep(LOOK_S)
-        raise ActFailed(f"{name} did not touch its {format_size(appetite.total_bytes)} in time")
+        raise ActFailed(f"{name} did not touch its {mib(appetite.total_bytes)} in time")
 
     async def _until(self, predicate: Callable[[], bool], what: str) -> None:
         with trio.move_on_after(self._scenario.step_deadline_s):
@@ -263,8 +262,8 @@ class Story:
                 less = rich.quota_bytes < poor.quota_bytes - STEADY_BYTES
                 if rich.shares > poor.shares and less:
                     found.append(
-                        f"{rich.name} ({rich.shares} shares) has {format_size(rich.quota_bytes)}, "
-                        f"{poor.name} ({poor.shares}) {format_size(poor.quota_bytes)}"
+                        f"{rich.name} ({rich.shares} shares) has {mib(rich.quota_bytes)}, "
+                        f"{poor.name} ({poor.shares}) {mib(poor.quota_bytes)}"
                     )
         return found
 
@@ -273,7 +272,7 @@ class Story:
         for vm in self._agent.vms():
             by_shares.setdefault(vm.shares, []).append(vm.quota_bytes)
         return ", ".join(
-            f"{format_size(sum(quotas) // len(quotas) // MIB * MIB)} for {shares} shares"
+            f"{mib(sum(quotas) // len(quotas))} for {shares} shares"
             for shares, quotas in sorted(by_shares.items(), reverse=True)
         )
 

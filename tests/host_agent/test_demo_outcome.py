@@ -59,7 +59,7 @@ def test_the_summary_tells_a_person() -> None:
     print_summary(Console(file=text, width=120), outcome())
     for part in (
         "One grows",
-        "1MiB from vm02 to vm01",
+        "1 MiB from vm02 to vm01",
         "12.0 ms",
         "OOM kills: 0",
         "All of it held",
@@ -73,7 +73,7 @@ def test_the_summary_tells_a_person() -> None:
 def test_moves_are_described_in_a_line() -> None:
     assert describe_moves(()) == "nothing had to move"
     many = tuple(Move(f"vm{n}", "vm9", 256, 0.0, 0.1) for n in range(4))
-    assert describe_moves(many).startswith("4MiB from 4 holders to vm9")
+    assert describe_moves(many).startswith("4 MiB from 4 holders to vm9")
 
 
 @pytest.mark.parametrize("name", sorted(SCENARIOS))
