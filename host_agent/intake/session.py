@@ -32,7 +32,7 @@ from host_agent.ledger.ledger import Ledger
 from host_agent.quota.base import SETTLE_TIMEOUT_S
 from host_agent.quota.errors import LimitRefused, NoRoom, QuotaError
 from protocol.channel import Channel
-from protocol.errors import ChannelBroken
+from protocol.errors import ChannelBroken, LocalProtocolError
 from protocol.messages import (
     Claim,
     Decline,
@@ -52,6 +52,7 @@ from protocol.messages import (
     Vitals,
 )
 from protocol.page_frames import PageFrames
+from protocol.transitions import SessionState
 from protocol.units import MIB, bytes_of, pages_of
 from protocol.vocabulary import RejectionReason, Urgency
 
@@ -243,7 +244,12 @@ class GuestSession:
 
     async def _write(self, channel: Channel) -> None:
         async for message in self._outgoing:
-            await channel.send(message)
+            try:
+                await channel.send(message)
+            except LocalProtocolError:
+                # The guest has begun anew while this waited for its turn: it is void.
+                if channel.connection.session is SessionState.RUNNING:
+                    raise
 
     def _take(self, message: Message) -> None:
         match message:
@@ -354,7 +360,11 @@ class GuestSession:
         finally:
             self._guest.shrinking.release()
             with suppress(trio.RunFinishedError):
-                token.run_sync_soon(self._put_limit_right)
+                token.run_sync_soon(self._end_shrink)
+
+    def _end_shrink(self) -> None:
+        """A limit write has ended, perhaps too late: what the books say is in force."""
+        self._put_limit_right()
 
     # Reports and drops, in order
 
@@ -456,22 +466,27 @@ class GuestSession:
 
     def return_room(self) -> None:
         """Give room that was made and not used back to the workload."""
-        self._ledger.close_room(self._guest.name)
-        self._put_limit_right()
+        name = self._guest.name
+        pages = self._ledger.close_room(name)
+        if not self._put_limit_right() and pages:
+            # The kernel still holds the workload down: the books must not say otherwise.
+            self._ledger.make_room(name, pages)
 
-    def _put_limit_right(self) -> None:
-        """Raise the workload's limit to what the books say.
+    def _put_limit_right(self) -> bool:
+        """Raise the workload's limit to what the books say. False if that failed.
 
         Also where no room was open: after a write that ended late, or one of an agent before this.
         """
         name = self._guest.name
         if name not in self._ledger or self._guest.quota is None:
-            return  # it was removed meanwhile
+            return True  # it was removed meanwhile
         limit_bytes = bytes_of(self._ledger.view(name).workload_pages)
         try:
             self._guest.quota.raise_workload(limit_bytes)
         except QuotaError as error:
             self._note("quota", str(error))
+            return False
+        return True
 
     async def _watch_progress(self) -> None:
         while True:
