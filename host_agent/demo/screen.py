@@ -10,7 +10,6 @@ from rich.text import Text
 
 from host_agent.demo.outcome import Outcome, describe_moves, mib
 from host_agent.facade.port import HostView, VmView
-from protocol.units import MIB
 
 BAR_CHARS: Final = 40
 
