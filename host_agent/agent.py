@@ -37,7 +37,7 @@ from host_agent.facade.control import build_app
 from host_agent.facade.port import HostView, VitalsView, VmChange, VmSpec, VmView
 from host_agent.facade.server import serve
 from host_agent.guest import Guest, Phase
-from host_agent.hosting import Hosting, Places, count_kills
+from host_agent.hosting import START_ERRORS, Hosting, Places, count_kills
 from host_agent.ledger.ledger import Ledger, LedgerError
 from host_agent.machines.base import Machine, MachineBackend, MachineError
 from host_agent.machines.process import ProcessBackend
@@ -148,7 +148,7 @@ class Agent:
             await self._start(guest)
         except BaseException as error:
             await self._undo_launch(guest)
-            if isinstance(error, MachineError | QuotaError | OSError):
+            if isinstance(error, START_ERRORS):
                 raise BadRequest(f"{spec.name} can't be launched: {error}") from error
             raise
         await self._save()
@@ -254,6 +254,7 @@ class Agent:
                 return
             guest.scope.cancel()
             await guest.ended.wait()
+            await self._save()
 
     async def stop(self, name: str) -> None:
         """Stop a mock VM; its memory is back in the pool when this returns. Raises NoSuchVm."""

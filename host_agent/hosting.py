@@ -15,16 +15,17 @@ from typing import Final
 import trio
 
 from host_agent.balance import Balancer
-from host_agent.blocking import Threads, run_blocking
+from host_agent.blocking import DeadlinePassed, Threads, run_blocking
 from host_agent.dry import DryAnswer
 from host_agent.guest import Guest, Phase
 from host_agent.guest_command import driver_command, idle_workload_command
 from host_agent.intake.listener import SOCKET_NAME, guest_socket
 from host_agent.intake.reception import Reception
-from host_agent.machines.base import Machine, MachineBackend, MachineSpec
+from host_agent.machines.base import Machine, MachineBackend, MachineError, MachineSpec
 from host_agent.quota.base import Part, QuotaBackend, VmQuota
 from host_agent.quota.errors import QuotaError
 from protocol.units import bytes_of
+from protocol.vocabulary import one_line
 
 LOG = logging.getLogger("memballoon.hosting")
 
@@ -33,6 +34,12 @@ STOP_TIMEOUT_S: Final = 5.0
 
 CGROUP_DEADLINE_S: Final = 20.0
 """For making and removing cgroups; killed processes with much memory need a while."""
+
+MOST_LAST_WORDS: Final = 4096
+"""Looked at of a log's end, in bytes."""
+
+START_ERRORS: Final = (MachineError, QuotaError, DeadlinePassed, OSError)
+"""Why a mock VM can't be made, whoever is at fault."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +111,20 @@ class Hosting:
         `found` is a machine that an earlier agent left running. Errors before the start are raised
         (MachineError, QuotaError, OSError); afterwards they end the guest and are logged.
         """
-        started = False
+        try:
+            await self._live(guest, found, task_status)
+        except BaseExceptionGroup as group:
+            known, rest = group.split(START_ERRORS)
+            if known is None or rest is not None:
+                raise
+            raise _first(known) from group
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._end(guest)
+
+    async def _live(
+        self, guest: Guest, found: Machine | None, task_status: trio.TaskStatus[None]
+    ) -> None:
         try:
             with guest.scope:
                 guest.quota = await self._open_quota(guest, found is not None)
@@ -117,20 +137,28 @@ class Hosting:
                     dry = DryAnswer(guest, self._balancer, self._dry_patience_s)
                     nursery.start_soon(dry.run)
                     guest.machine = found or await self._machines.launch(self._spec(guest))
-                    started = True
                     task_status.started()
                     status = await guest.machine.wait_exited()
-                    guest.ended_with = str(status)
+                    guest.ended_with = f"{status}{self._last_words(guest)}"
                     LOG.info("%s ended: %s", guest.name, status)
                     nursery.cancel_scope.cancel()
         except* QuotaError as errors:
             # The cgroups went away under us: the guest is gone, whoever did it.
-            if not started:
+            if guest.machine is None:
                 raise
-            LOG.error("%s: its cgroups are gone: %s", guest.name, errors.exceptions[0])
-        finally:
-            with trio.CancelScope(shield=True):
-                await self._end(guest)
+            LOG.error("%s: its cgroups are gone: %s", guest.name, _first(errors))
+
+    def _last_words(self, guest: Guest) -> str:
+        """What a command that ended at once has said, since its log ends with it."""
+        if guest.connected.is_set():
+            return ""
+        try:
+            text = self._places.log_path(guest.name).read_bytes()[-MOST_LAST_WORDS:]
+        except OSError:
+            return ""
+        lines = text.decode(errors="replace").split("\n")
+        said = next((line for line in reversed(lines) if line.strip()), "")
+        return f": {one_line(said.strip())}" if said else ""
 
     async def _open_quota(self, guest: Guest, exists: bool) -> VmQuota:
         view = self._balancer.ledger.view(guest.name)
@@ -216,3 +244,11 @@ def count_kills(guest: Guest, quota: VmQuota) -> None:
     if kills > guest.oom_kills:
         LOG.warning("%s: its kernel killed %d", guest.name, kills - guest.oom_kills)
         guest.oom_kills = kills
+
+
+def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first error inside a group of groups."""
+    error: BaseException = errors
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -6,7 +6,6 @@ the other guests don't notice.
 """
 
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
@@ -190,12 +189,7 @@ class Reception:
 
 def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
     """The first error inside a group of groups."""
-    return next(_leaves(errors))
-
-
-def _leaves(error: BaseException) -> Iterator[BaseException]:
-    if isinstance(error, BaseExceptionGroup):
-        for inner in error.exceptions:
-            yield from _leaves(inner)
-    else:
-        yield error
+    error: BaseException = errors
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
