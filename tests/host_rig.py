@@ -323,11 +323,13 @@ class Line:
     channel: Channel
     frames: FakeFrames
     claimed: PageFrames = field(default_factory=PageFrames.empty)
+    welcome: bool = False
 
     async def greet(self, assigned_pages: int, frame_order: int = 0) -> Welcome:
         await self.say(hello_of(assigned_pages, self.claimed, frame_order))
         welcome = await self.hear(Welcome)
         self.claimed = welcome.claimed
+        self.welcome = True
         return welcome
 
     async def say(self, *messages: Message) -> None:
