@@ -99,6 +99,7 @@ def _is_settled(snapshot: HostSnapshot, wanted: dict[str, int]) -> bool:
 
 def _is_near(guest: GuestSnapshot, wanted_pages: int) -> bool:
     """Whether the guest may stay as it is. A pin and a reservation are promises: kept exactly."""
-    if guest.pinned_pages is not None or guest.quota_pages < guest.reservation_pages:
+    promised = guest.pinned_pages is not None or guest.quota_pages < guest.reservation_pages
+    if promised or guest.quota_pages == 0:  # a guest that has nothing yet can't start with nothing
         return guest.quota_pages == wanted_pages
     return abs(wanted_pages - guest.quota_pages) <= STEP_PAGES

@@ -489,3 +489,10 @@ class TestTheClassicalCase:
         answer = plan(replace(before, guests=tuple(some)))
         assert answer.shortage_pages == mib(320)
         assert list(quotas(answer).values()) == [mib(146)] * 3 + [mib(115.5)] * 4 + [mib(80)] * 3
+
+
+def test_a_guest_that_has_nothing_yet_gets_even_a_little() -> None:
+    tiny = guest("tiny", 8, 0, shares=1, demand_pages=mib(1))
+    rest = guest("rest", 100, 99, shares=1000, demand_pages=mib(99))
+    targets = {t.name: t.quota_pages for t in plan(host(100, 0, tiny, rest)).targets}
+    assert targets["tiny"] == mib(1)
