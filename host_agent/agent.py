@@ -22,7 +22,7 @@ import trio
 
 from host_agent.balance import Balancer, Policy
 from host_agent.blocking import Threads, run_blocking
-from host_agent.config import Config
+from host_agent.config import Config, HostConfig
 from host_agent.errors import (
     AgentError,
     BadRequest,
@@ -501,11 +501,14 @@ async def _first_of(event: trio.Event, scope: trio.CancelScope) -> None:
 
 
 @contextlib.asynccontextmanager
-async def running(config: Config, *, die_with_agent: bool = False) -> AsyncIterator[Agent]:
+async def running(
+    config: Config, *, die_with_agent: bool = False, scratch_dir: Path | None = None
+) -> AsyncIterator[Agent]:
     """A working agent with its control API, inside a nursery; everything ends with the block.
 
     `die_with_agent`: if this process is killed, the watchdog removes the VMs as well (a
-    demonstration), instead of leaving them to the next agent.
+    demonstration), instead of leaving them to the next agent, and with them all files, or
+    `scratch_dir` as a whole.
 
     Raises UserErrors before anything is made: MissingRight, NoMemoryController, SocketInUse.
     """
@@ -532,7 +535,7 @@ async def running(config: Config, *, die_with_agent: bool = False) -> AsyncItera
             watchdog = Watchdog(
                 quotas.root,
                 on_death="remove" if die_with_agent else "release",
-                remove_paths=(host.run_dir, host.state_dir) if die_with_agent else (),
+                remove_paths=_paths_of(host, scratch_dir) if die_with_agent else (),
                 on_released=agent.rearm_all,
             )
             async with watchdog, trio.open_nursery() as workers:
@@ -542,6 +545,10 @@ async def running(config: Config, *, die_with_agent: bool = False) -> AsyncItera
                     agent.keep_vms()
                 workers.cancel_scope.cancel()
             nursery.cancel_scope.cancel()
+
+
+def _paths_of(host: HostConfig, scratch_dir: Path | None) -> tuple[Path, ...]:
+    return (host.run_dir, host.state_dir) if scratch_dir is None else (scratch_dir,)
 
 
 def _make_private(directory: Path) -> None:

@@ -31,5 +31,5 @@ async def private_agent(
             state_dir=Path(top) / "state",
             cgroup_root=f"memballoon-{purpose}-{secrets.token_hex(4)}",
         )
-        async with running(Config(host=host), die_with_agent=True) as agent:
+        async with running(Config(host=host), die_with_agent=True, scratch_dir=Path(top)) as agent:
             yield agent
