@@ -146,8 +146,7 @@ class _Inflation:
     claimed_pages: int = 0
     reserved: bool = False
     given_up: bool = False
-    """No room is to be made for it any more: the guest was given memory, or its kernel takes too
-    long."""
+    """The guest was given memory: no room is to be made any more."""
 
 
 class GuestSession:
@@ -327,8 +326,9 @@ class GuestSession:
         self._end_inflation()
 
     async def _try_room(self, inflation: _Inflation, pages: int) -> bool:
-        guest, name = self._guest, self._guest.name
-        if guest.shrinking.locked() or pages > self._ledger.view(name).workload_pages:
+        await self._check_replaced()
+        name = self._guest.name
+        if pages > self._ledger.view(name).workload_pages:
             return False
         # In the books first: whoever raises the quota meanwhile sees the intended limit and stops
         # us (`stop_making_room`), so that the kernel and the books can't part.
@@ -340,14 +340,9 @@ class GuestSession:
                 timeout_s=ROOM_DEADLINE_S,
                 limiter=self._threads.limit_writes,
             )
-            await trio.lowlevel.checkpoint_if_cancelled()
-        except (NoRoom, DeadlinePassed) as error:
-            inflation.given_up |= isinstance(error, DeadlinePassed)
+        except (NoRoom, DeadlinePassed):
             self.return_room()
             return False
-        except BaseException:
-            self.return_room()
-            raise
         # Room that was given up while the write was under way has been undone by a raise.
         return not inflation.given_up
 
@@ -370,6 +365,7 @@ class GuestSession:
 
     async def _audit(self) -> None:
         async for job in self._work:
+            await self._check_replaced()
             if isinstance(job, Report):
                 await self._verify(job)
             else:
@@ -430,7 +426,7 @@ class GuestSession:
         quota, name = self._guest.live_quota, self._guest.name
         deadline_s = trio.current_time() + SETTLE_TIMEOUT_S
         while True:
-            await trio.lowlevel.checkpoint_if_cancelled()
+            await self._check_replaced()
             wanted_pages = self._ledger.view(name).quota_pages - pages
             try:
                 return quota.lower_quota(bytes_of(wanted_pages), timeout_s=0.0)
@@ -446,10 +442,16 @@ class GuestSession:
             )
         except DeadlinePassed as error:
             raise GuestStuck(f"{what}: {error}") from None
-        # A newer connection may have taken this one's place in the same instant, and settled with
-        # the books already.
-        await trio.lowlevel.checkpoint_if_cancelled()
+        await self._check_replaced()
         return result
+
+    async def _check_replaced(self) -> None:
+        """Stop here if this session is over.
+
+        A newer connection may have taken its place, and settled with the books, in the very
+        instant in which a task of this one was woken with something to do.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
 
     # The end of an attempt
 

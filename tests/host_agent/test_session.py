@@ -1,6 +1,7 @@
 """A guest's session from the Hello to its end: frames in, quota down, and nothing lost between."""
 
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 import trio
@@ -224,7 +225,9 @@ def test_some_frames_are_rejected_the_rest_is_claimed(run: Run) -> None:
         assert claim.frames == frames - bad
         await drop(line, claim)
         await rig.settle()
-        assert rig.ledger.view("one").claimed == frames - bad
+        view = rig.ledger.view("one")
+        assert view.claimed == frames - bad
+        assert (view.room_pages, len(view.pending)) == (0, 0)
         assert not session_of(guest).inflating
         rig.check_agreement()
 
@@ -521,6 +524,83 @@ def test_a_limit_write_without_end_is_given_up(run: Run, monkeypatch: pytest.Mon
         rig.check_agreement()
 
     run(body, clock)
+
+
+def test_room_that_cannot_be_returned_stays_in_the_books(run: Run) -> None:
+    async def body(rig: Rig, nursery: trio.Nursery) -> None:
+        guest = rig.add("one", SIZE)
+        line = await rig.connect(nursery, guest)
+        target, _ = await reserve(line, guest, STEP)
+        line.frames.drop(line.frames.present)
+        rig.quota(guest).failures["raise_workload"] = QuotaError("no")
+        await line.say(Reserved(target.target_id, 0, RefusalReason.NO_MEMORY))
+        await rig.settle()
+        assert rig.ledger.view("one").room_pages == STEP
+        assert guest.last_reason == "quota: no"
+        rig.check_agreement()
+        await inflate(line, guest, STEP)
+        await rig.settle()
+        assert rig.ledger.view("one").room_pages == 0  # the next attempt's end returned it
+        rig.check_agreement()
+
+    run(body)
+
+
+def test_a_drop_heard_as_its_session_is_replaced_is_void(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(rig: Rig, nursery: trio.Nursery) -> None:
+        guest = rig.add("one", SIZE)
+        line = await rig.connect(nursery, guest)
+        target, frames = await reserve(line, guest, STEP)
+        await line.say(Report(target.target_id, 1001, frames))
+        claim = await line.hear(Claim)
+        session, run_blocking = session_of(guest), session_module.run_blocking
+
+        async def replaced_meanwhile(*args: Any, **kwargs: Any) -> Any:
+            result = await run_blocking(*args, **kwargs)
+            session.supersede()
+            rig.ledger.settle("one", PageFrames.empty())  # as the reception does at once
+            return result
+
+        monkeypatch.setattr(session_module, "run_blocking", replaced_meanwhile)
+        await drop(line, claim)
+        await rig.settle()
+        (end,) = rig.ends["one"]
+        assert isinstance(end, ChannelBroken)
+        assert rig.ledger.view("one").quota_pages == PAGES
+        rig.check_agreement()
+
+    run(body)
+
+
+@pytest.mark.parametrize("message", ["offer", "report"])
+def test_what_is_heard_as_a_session_is_replaced_is_void(run: Run, message: str) -> None:
+    async def body(rig: Rig, nursery: trio.Nursery) -> None:
+        guest = rig.add("one", SIZE)
+        line = await rig.connect(nursery, guest)
+        session = session_of(guest)
+        if message == "report":
+            target, frames = await reserve(line, guest, STEP)
+            session._take(Report(target.target_id, 1001, frames))
+        else:
+            session.wish(STEP, Urgency.CALM)
+            target = await line.hear(Target)
+            session._take(Offer(target.target_id, STEP))
+        await trio.lowlevel.cancel_shielded_checkpoint()
+        # As the reception does in the instant of the newer Hello:
+        session.supersede()
+        rig.ledger.settle("one", PageFrames.empty())
+        session.return_room()
+        line.frames.drop(line.frames.present)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        (end,) = rig.ends["one"]
+        assert isinstance(end, ChannelBroken)
+        view = rig.ledger.view("one")
+        assert (view.room_pages, len(view.pending)) == (0, 0)
+        rig.check_agreement()
+
+    run(body)
 
 
 def test_a_late_limit_write_outlives_its_connection(

@@ -44,7 +44,7 @@ from protocol.messages import (
 )
 from protocol.page_frames import PageFrames
 from protocol.units import MIB, bytes_of, pages_of
-from protocol.vocabulary import RefusalReason
+from protocol.vocabulary import RefusalReason, RejectionReason
 
 NAMES = ("a", "b", "c")
 POOL_BYTES, RESERVE_BYTES = 160 * MIB, 16 * MIB
@@ -249,6 +249,7 @@ class Host:
             actor.manner = Manner.HONEST
             actor.awake.set()
             self.rig.quota(actor.guest).failures.clear()
+            self.rig.frames[actor.guest.name].rejects.clear()
             vm = self.rig.vm(actor.guest.name)
             vm.wanted_bytes = 0
             vm.anon_bytes = min(vm.anon_bytes, RESERVATION_BYTES)
@@ -314,6 +315,7 @@ KINDS = {
     "time": [""],
     "plan": [""],
     "want": [""],
+    "spoil": [""],
 }
 OFTEN = ["want", "want", "want", "plan", "manner", "time", "sleep", "wake"]
 
@@ -360,6 +362,9 @@ async def happen_to(host: Host, actor: Actor, kind: str, size_bytes: int, what: 
             await actor.say(vitals_of(size_bytes))
         case "lend":
             host.rig.balancer.lend(actor.guest, pages_of(size_bytes))
+        case "spoil":
+            bad = PageFrames.span(0, pages_of(size_bytes))
+            host.rig.frames[actor.guest.name].rejects = [(bad, RejectionReason.NOT_LOCKED)]
         case "fail":
             host.rig.quota(actor.guest).failures[what] = FAILURES[what]()
         case _:
