@@ -31,7 +31,7 @@ def workload(tmp_path: Path) -> Iterator[Path]:
 
 async def _until(predicate: Callable[[], Awaitable[bool]]) -> None:
     with trio.fail_after(DEADLINE_S):
-        while not await predicate():  # noqa: ASYNC110 - another process sets no Event
+        while not await predicate():
             await trio.sleep(0.01)
 
 
