@@ -341,7 +341,7 @@ def test_a_process_that_became_another_program(new_child: Callable[..., Child]) 
     child.run("populate(a, 64)")
     with auditor_of(child, address) as auditor:
         with pytest.raises(RuntimeError):
-            child.run("os.execvp('sh', ['sh', '-c', 'echo changed; sleep 60'])")
+            child.run("os.execvp('sh', ['sh', '-c', 'echo changed; exec sleep 60'])")
         with pytest.raises(ProcessGone):
             auditor.verify(ALL, 0)
 
