@@ -31,11 +31,12 @@ from host_agent.errors import (
     NoMemoryController,
     NoSuchVm,
     NotEnoughMemory,
+    SocketInUse,
     VmExists,
 )
 from host_agent.facade.control import build_app
 from host_agent.facade.port import HostView, VitalsView, VmChange, VmSpec, VmView
-from host_agent.facade.server import serve
+from host_agent.facade.server import is_answered, serve
 from host_agent.guest import Guest, Phase
 from host_agent.hosting import START_ERRORS, Hosting, Places, count_kills
 from host_agent.ledger.ledger import Ledger, LedgerError
@@ -519,6 +520,9 @@ async def running(
         quotas = detect(host.cgroup_root)
     except QuotaUnavailable as error:
         raise NoMemoryController(str(error)) from error
+    with contextlib.suppress(OSError):  # of a path that can't be, more is said when it is made
+        if is_answered(host.control_socket):
+            raise SocketInUse(host.control_socket)
     with contextlib.ExitStack() as owned:
         try:
             owned.enter_context(sole_owner(host.state_dir, partial(_make_private, host.state_dir)))
@@ -531,7 +535,6 @@ async def running(
         owned.callback(_remove_root, quotas)
         agent = Agent(config, quotas, ProcessBackend(hidden_dirs=(host.state_dir,)))
         async with trio.open_nursery() as nursery:
-            await nursery.start(partial(serve, build_app(agent), host.control_socket))
             watchdog = Watchdog(
                 quotas.root,
                 on_death="remove" if die_with_agent else "release",
@@ -540,6 +543,12 @@ async def running(
             )
             async with watchdog, trio.open_nursery() as workers:
                 await workers.start(agent.run)
+                try:
+                    # Only now: who asks is answered by an agent that knows all of its VMs.
+                    await nursery.start(partial(serve, build_app(agent), host.control_socket))
+                except BaseException:
+                    agent.keep_vms()
+                    raise
                 yield agent
                 if host.on_exit == "keep" and not die_with_agent:
                     agent.keep_vms()

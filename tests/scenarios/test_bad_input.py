@@ -105,3 +105,23 @@ def test_reservations_above_the_pool(rig: Rig) -> None:
     assert "exceed the pool" in refused(rig, "agent", "--config", str(path))
     assert not rig.run_dir.exists()
     assert not rig.cgroup.exists()
+
+
+@pytest.mark.parametrize("fault", ["too long", "no directory", "a file"])
+def test_a_run_dir_that_can_not_be_used(rig: Rig, fault: str) -> None:
+    run_dir = rig.base / ("r" * 120 if fault == "too long" else "run")
+    if fault == "no directory":
+        run_dir = rig.base / "file" / "run"
+        run_dir.parent.touch()
+    if fault == "a file":
+        run_dir.mkdir()
+        (run_dir / "control.sock").touch()
+    path = rig.base / "agent.toml"
+    path.write_text(
+        f'[host]\npool = "512MiB"\nrun_dir = "{run_dir}"\nstate_dir = "{rig.state_dir}"\n'
+        f'cgroup_root = "{rig.cgroup.name}"\n'
+    )
+    assert str(rig.base) in refused(rig, "agent", "--config", str(path))
+    assert not rig.cgroup.exists()
+    if fault == "a file":
+        (run_dir / "control.sock").unlink()
