@@ -155,6 +155,7 @@ async def _move(scale: Scale) -> Figure:
         rich, poor = "a", "b"
         for turn in range(scale.repetitions + 1):
             # The rich one is the policy's: it gets whatever the other is not promised.
+            await _set_quota(agent, poor, least)
             await agent.change(rich, VmChange(automatic=True))
             await _until_quota(agent, rich, most)
             plain_s = await loop.turn()
