@@ -1,0 +1,17 @@
+"""Tests of the bed boot it: minutes in all, and packages that most machines have not."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.environ.get("MEMBALLOON_VM") == "1":
+        return
+    for item in items:
+        if item.get_closest_marker("vm"):
+            item.add_marker(pytest.mark.skip(reason="needs the VM bed: make test-vm"))
