@@ -525,9 +525,9 @@ async def running(
             raise SocketInUse(host.control_socket)
     with contextlib.ExitStack() as owned:
         try:
+            _make_private(host.run_dir)
             owned.enter_context(sole_owner(host.state_dir, partial(_make_private, host.state_dir)))
             owned.enter_context(sole_owner(quotas.root, quotas.prepare))
-            _make_private(host.run_dir)
         except QuotaUnavailable as error:
             raise NoMemoryController(str(error)) from error
         except OSError as error:
