@@ -1,6 +1,7 @@
 """Blocking work in threads: results, deadlines, cancellation, and late results undone."""
 
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -106,6 +107,32 @@ def test_a_cancelled_callers_success_is_undone(work: Work) -> None:
         assert work.undos == 0
         work.go.set()
         await ended(limiter)
+        assert work.undos == 1
+
+    trio.run(main)
+
+
+def test_a_success_that_nobody_hears_of_is_undone(work: Work) -> None:
+    """The caller is cancelled when the call has succeeded and its thread has not told yet."""
+
+    async def main() -> None:
+        limiter = trio.CapacityLimiter(1)
+        token = trio.lowlevel.current_trio_token()
+        with trio.CancelScope() as scope:
+
+            def cancel_and_hold_the_loop() -> None:
+                scope.cancel()
+                work.go.set()
+                # The thread ends meanwhile. Should it be slower than that, it undoes by itself.
+                time.sleep(0.05)
+
+            def do() -> str:
+                token.run_sync_soon(cancel_and_hold_the_loop)
+                return work.do()
+
+            await run_blocking(do, timeout_s=20.0, limiter=limiter, undo=work.undo)
+        assert scope.cancelled_caught
+        await trio.to_thread.run_sync(work.undone.wait, REAL_DEADLINE_S)
         assert work.undos == 1
 
     trio.run(main)

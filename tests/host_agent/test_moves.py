@@ -25,6 +25,17 @@ def test_a_wish_is_known_by_its_givers() -> None:
     assert book.fulfilled("taker") == ()
 
 
+def test_the_oldest_credit_is_spent_first() -> None:
+    book = MoveBook()
+    book.credited("one", 5)
+    book.credited("two", 5)
+    book.granted("a", 3, 1.0)
+    book.granted("b", 4, 1.0)
+    assert [(move.giver, move.pages) for move in book.fulfilled("a")] == [("one", 3)]
+    given = [(move.giver, move.pages) for move in book.fulfilled("b")]
+    assert given == [("one", 2), ("two", 2)]
+
+
 def test_an_open_wish_keeps_its_time() -> None:
     book = MoveBook()
     book.wished("taker", 1.0)
@@ -88,7 +99,8 @@ def test_only_the_latest_are_kept() -> None:
             st.sampled_from(["credit", "grant", "repay"]),
             st.sampled_from(["a", "b", "c"]),
             st.integers(0, 50),
-        )
+        ),
+        max_size=50,
     )
 )
 def test_every_page_is_in_one_move(events: list[tuple[str, str, int]]) -> None:

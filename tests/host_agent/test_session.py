@@ -8,6 +8,7 @@ import trio
 import trio.testing
 from host_rig import Line, Rig, SlowRoom, hello_of, open_rig, plan_of, vitals_of
 
+from host_agent import blocking
 from host_agent.audit.errors import ProcessGone
 from host_agent.guest import Guest
 from host_agent.intake import session as session_module
@@ -555,7 +556,7 @@ def test_a_drop_heard_as_its_session_is_replaced_is_void(
         target, frames = await reserve(line, guest, STEP)
         await line.say(Report(target.target_id, 1001, frames))
         claim = await line.hear(Claim)
-        session, run_blocking = session_of(guest), session_module.run_blocking
+        session, run_blocking = session_of(guest), blocking.run_blocking
 
         async def replaced_meanwhile(*args: Any, **kwargs: Any) -> Any:
             result = await run_blocking(*args, **kwargs)

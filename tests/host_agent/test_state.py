@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from host_agent import state as state_module
 from host_agent.state import (
     STATE_FILE,
     AgentState,
@@ -58,7 +57,7 @@ def test_a_save_that_fails_leaves_the_one_before(
 
     with monkeypatch.context() as patched:
         if failing == "fsync":
-            patched.setattr(state_module.os, "fsync", full)
+            patched.setattr(os, "fsync", full)
         else:
             patched.setattr(Path, "replace", full)
         with pytest.raises(StateError, match=r"can't be written: No space left on device"):
@@ -85,7 +84,7 @@ def test_the_new_file_is_on_disk_before_it_takes_the_place(
         steps.append("replace")
         return replace(self, target)
 
-    monkeypatch.setattr(state_module.os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "fsync", noted_fsync)
     monkeypatch.setattr(Path, "replace", noted_replace)
     save_state(tmp_path, ONE)
     assert steps == ["file", "replace", "directory"]

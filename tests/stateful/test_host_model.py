@@ -415,8 +415,8 @@ def test_any_order_of_events(
             await host.launch("a")
             await host.launch("b")
             await host.settle()
-            for *op, pause in program:
-                await happen(host, (op[0], op[1], op[2], op[3]))
+            for kind, name, amount, what, pause in program:
+                await happen(host, (kind, name, amount, what))
                 rig.check_bounds()
                 if pause == "settle":
                     await host.settle()
