@@ -13,8 +13,8 @@ must hand the decision back to the kernel. That is all that happens here:
 
 A file run by its path with `python -I -S`: only the standard library, no import of the project,
 so that it stays small (4 MB of its own beside an agent) and can't break with it. It makes no
-assumption on the cgroup version: to release is to write 0 to memory.oom_control (1) or max to
-memory.high (2), whichever is there.
+assumption on the cgroup version: to release is to write 0 to memory.oom_control (1), or max to
+memory.high and 0 to a workload's cgroup.freeze (2), whichever is there.
 
 It tells the agent on stdout, a line each: `ready`, and `released` after a silence, since the agent
 must then arm its guests again. Talk to it through watchdog_client.py.
@@ -31,6 +31,9 @@ GRACE_S = 2.0
 REMOVE_TIMEOUT_S = 20.0
 POLL_INTERVAL_S = 0.02
 RELEASES = (("memory.oom_control", "0"), ("memory.high", "max"))
+FREEZE = "cgroup.freeze"
+FROZEN_BY_AGENT = "workload"
+"""Only this part of a VM is ever frozen by the agent; what is frozen below is its engine's."""
 
 
 def cgroups_below(root: str) -> Iterator[str]:
@@ -65,6 +68,8 @@ def release(root: str) -> None:
         if directory != root:
             for name, value in RELEASES:
                 write(os.path.join(directory, name), value)
+            if os.path.basename(directory) == FROZEN_BY_AGENT:
+                write(os.path.join(directory, FREEZE), "0")
 
 
 def pids_of(directory: str) -> set[int]:
@@ -101,7 +106,7 @@ def remove_cgroups(root: str) -> bool:
             kill_once(directory)
         release(root)
         for directory in cgroups_below(root):
-            write(os.path.join(directory, "cgroup.freeze"), "0")
+            write(os.path.join(directory, FREEZE), "0")
             try:  # noqa: SIM105  (contextlib is not imported here: it has to stay small)
                 os.rmdir(directory)
             except OSError:

@@ -12,8 +12,13 @@ against 11 ms that an event may be late. Dry means: above the wall, and what can
 is near it (NEAR_WALL_BYTES) too. A guest that streams through its page cache touches the wall all
 the time and is not dry.
 
+Slowing is not holding: in a guest of 128 MiB the wall is 0.4 s thick, with several threads less. So
+a dry guest that `dry_state` finds halfway through it is frozen (cgroup.freeze) until a raise,
+`let_kernel_decide`, or a look that finds it dry no more. Its other tasks stand still as well, which
+version 1 spares them until they need memory.
+
 memory.high left below need nearly stops a guest, so an unanswered event must end in
-`let_kernel_decide` (high = max), and the watchdog does the same for a dead agent.
+`let_kernel_decide` (high = max, thawed), and the watchdog does the same for a dead agent.
 
 Swap is left as whoever made the cgroups set it. The wall costs a guest 3 % of W in comfort.
 Kernel's Documentation/admin-guide/cgroup-v2.rst; mm/memcontrol.c, calculate_high_delay.
@@ -69,6 +74,7 @@ class Cgroup2Quota(VmQuota):
         self._guard = RaiseGuard()
         self._event_fd: int | None = None
         self._armed = False
+        self._held = False
         with ExitStack() as opened:
 
             def control(path: Path, *, writable: bool = False) -> ControlFile:
@@ -85,6 +91,7 @@ class Cgroup2Quota(VmQuota):
             self._workload_high = control(workload / "memory.high", writable=True)
             self._workload_current = control(workload / "memory.current")
             self._workload_stat = control(workload / "memory.stat")
+            self._workload_freeze = control(workload / "cgroup.freeze", writable=True)
             self._driver_current = control(driver / "memory.current")
             self._room = Cgroup2Room(workload, self._guard, open_file)
             opened.callback(self._room.close)
@@ -122,6 +129,7 @@ class Cgroup2Quota(VmQuota):
         _write_limit(self._workload_max, limit_bytes)
         raised(limit_bytes)
         _write_limit(self._workload_high, self._wall_bytes(limit_bytes))
+        self._let_go()
 
     def _wall_bytes(self, limit_bytes: int) -> int:
         return soft_wall_bytes(limit_bytes) if self._armed else UNLIMITED_BYTES
@@ -129,7 +137,7 @@ class Cgroup2Quota(VmQuota):
     def make_room(self, limit_bytes: int, timeout_s: float = MAKE_ROOM_TIMEOUT_S) -> None:
         """The safe shrink: 0.35 s for a workload that fits."""
         deadline_s = time.monotonic() + timeout_s
-        self._room.make(check_limit(limit_bytes), deadline_s, self._wall_bytes)
+        self._room.make(check_limit(limit_bytes), deadline_s, self._wall_bytes, lambda: self._held)
 
     def lower_quota(self, quota_bytes: int, timeout_s: float = SETTLE_TIMEOUT_S) -> None:
         """Only if W and what else the VM holds fit: writing memory.max below need kills."""
@@ -166,21 +174,47 @@ class Cgroup2Quota(VmQuota):
         return self._event_fd
 
     def dry_state(self) -> DryState:
-        """`under_oom`: above the soft wall, with next to nothing left to reclaim."""
+        """`under_oom`: above the soft wall, with next to nothing left to reclaim.
+
+        Holds the workload where it is about to pass the wall: look every few milliseconds while
+        it is dry.
+        """
         if self._event_fd is not None:
             drain(self._event_fd)
         wall_bytes = self._workload_high.read_bytes_count()
         current_bytes = self._workload_current.read_bytes_count()
         fixed_bytes = current_bytes - reclaimable_bytes(self._workload_stat)
-        return DryState(
-            under_oom=current_bytes >= wall_bytes and fixed_bytes + NEAR_WALL_BYTES >= wall_bytes,
-            kills_total=self.oom_kills_total,
-        )
+        dry = current_bytes >= wall_bytes and fixed_bytes + NEAR_WALL_BYTES >= wall_bytes
+        if dry and self._armed and current_bytes >= self._hold_line_bytes(wall_bytes):
+            self._hold()
+        else:
+            self._let_go()
+        return DryState(under_oom=dry, kills_total=self.oom_kills_total)
+
+    def _hold_line_bytes(self, wall_bytes: int) -> int:
+        return (wall_bytes + self._workload_max.read_bytes_count()) // 2
+
+    def _hold(self) -> None:
+        """Freeze, unless room is being made: that needs the freezer, and looks at `_held` first.
+
+        It says so before it looks, we say so before we look: so never both at once.
+        """
+        self._held = True
+        if self._guard.is_shrinking:
+            self._held = False
+        else:
+            self._workload_freeze.write(1)
+
+    def _let_go(self) -> None:
+        if self._held:
+            self._workload_freeze.write(0)
+            self._held = False
 
     def let_kernel_decide(self) -> None:
         """high = max: the workload meets W itself, and the kernel kills inside it."""
         self._armed = False
         _write_limit(self._workload_high, UNLIMITED_BYTES)
+        self._let_go()
 
     def rearm(self) -> None:
         """The soft wall again. Kernels before 6.16 may reclaim during the write: use a thread."""

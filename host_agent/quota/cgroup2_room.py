@@ -77,10 +77,17 @@ class Cgroup2Room:
             self.close()
             raise
 
-    def make(self, limit_bytes: int, deadline_s: float, wall_of: Callable[[int], int]) -> None:
+    def make(
+        self,
+        limit_bytes: int,
+        deadline_s: float,
+        wall_of: Callable[[int], int],
+        is_held: Callable[[], bool],
+    ) -> None:
         """Lower W to `limit_bytes`, as `VmQuota.make_room` says.
 
         `wall_of` gives the soft wall for a limit, UNLIMITED_BYTES while no dry events are armed.
+        `is_held` says whether a dry workload is frozen until it is given memory.
         """
 
         def put_back(bytes_before: int) -> None:
@@ -91,6 +98,8 @@ class Cgroup2Room:
             if limit_bytes >= ticket.old_limit_bytes:
                 return
             wall_bytes = min(limit_bytes, wall_of(limit_bytes))
+            if is_held():
+                raise self._no_room(wall_bytes, "it has run dry")
             self._check_reclaimable(wall_bytes)
             with self._without_swapping():
                 self._high.write(wall_bytes)

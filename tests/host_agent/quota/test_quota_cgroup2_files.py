@@ -286,6 +286,58 @@ def test_what_is_dry(kernel: Kernel, current_mib: int, file_mib: int, dry: bool)
     quota.close()
 
 
+def test_a_guest_halfway_through_the_wall_is_frozen_until_it_is_answered(kernel: Kernel) -> None:
+    quota = kernel.quota()
+    quota.arm_dry_events()
+    kernel.put("memory.stat", "inactive_file 0")
+    kernel.put("memory.current", 93 * MIB)
+    assert quota.dry_state().under_oom
+    assert kernel.written("cgroup.freeze") == []
+    kernel.put("memory.current", 94 * MIB)
+    assert quota.dry_state().under_oom
+    assert kernel.written("cgroup.freeze") == ["1"]
+    with pytest.raises(NoRoom, match="dry"):
+        quota.make_room(90 * MIB)
+    assert kernel.written("cgroup.freeze") == ["1"]
+    quota.raise_quota(128 * MIB)
+    assert kernel.journal[-1] == ("workload/cgroup.freeze", "0")
+    kernel.put("memory.current", 126 * MIB)
+    assert quota.dry_state().under_oom
+    quota.let_kernel_decide()
+    assert kernel.written("cgroup.freeze") == ["1", "0", "1", "0"]
+    assert not quota.dry_state().under_oom
+    quota.rearm()
+    assert quota.dry_state().under_oom
+    kernel.put("memory.current", 20 * MIB)
+    assert not quota.dry_state().under_oom
+    assert kernel.written("cgroup.freeze")[4:] == ["1", "0"]
+    quota.close()
+
+
+def test_a_dry_guest_is_not_frozen_while_room_is_made_in_it(kernel: Kernel) -> None:
+    """Thawing it would end the stillness in which the limit is lowered."""
+    quota = kernel.quota()
+    quota.arm_dry_events()
+
+    def freeze(value: str) -> None:
+        kernel.freeze(value)
+        if value == "1":
+            kernel.put("memory.stat", "inactive_file 0")
+            assert quota.dry_state().under_oom
+            quota.raise_workload(96 * MIB)
+            assert kernel.written("cgroup.freeze") == ["1"]
+
+    kernel.after["cgroup.freeze"] = freeze
+    kernel.put("memory.current", 96 * MIB)
+    kernel.put("memory.stat", f"inactive_file {96 * MIB}")
+    kernel.after["memory.reclaim"] = lambda value: None
+    quota._room._reclaim_down_to = lambda *_: None  # type: ignore[method-assign]
+    with pytest.raises(NoRoom):
+        quota.make_room(64 * MIB)
+    assert kernel.written("cgroup.freeze") == ["1", "0"]
+    quota.close()
+
+
 def test_kill_all_uses_the_kernels_own_way(kernel: Kernel) -> None:
     quota = kernel.quota()
     (kernel.vm / "cgroup.events").write_text("populated 1\n")

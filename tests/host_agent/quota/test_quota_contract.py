@@ -1,11 +1,16 @@
 """One contract for all back ends: the same tests on real cgroups and on the fake."""
 
+import time
+
 import pytest
 from quota_rigs import DEADLINE_S, Rig, readable, wait_for
 
 from host_agent.quota.base import Part, VmQuota
 from host_agent.quota.errors import LimitRefused, NoRoom, QuotaError, StillBusy, VmExists, VmGone
 from protocol.units import MIB
+
+HELD_S = 2.0
+"""Version 2 slows a guest of 64 MiB for less than half a second before it kills."""
 
 
 def workload_limit_mib(quota: VmQuota) -> float:
@@ -164,6 +169,27 @@ def test_a_dry_guest_hangs_until_it_is_given_memory(rig: Rig) -> None:
     assert not state.under_oom
     assert state.kills_total == 0
     assert not readable(event)
+
+
+@pytest.mark.parametrize("hogs", [1, 6])
+def test_a_dry_guest_is_held_for_as_long_as_it_is_looked_at(rig: Rig, hogs: int) -> None:
+    """Nobody has anything to give: it waits, and longer than a slowed guest would last."""
+    quota = rig.create(quota_mib=64)
+    quota.arm_dry_events()
+    tenants = [rig.hold(quota, 120 // hogs) for _ in range(hogs)]
+    wait_for(lambda: quota.dry_state().under_oom, "the guest is dry")
+    until_s = time.monotonic() + HELD_S
+    while time.monotonic() < until_s:
+        time.sleep(0.02)
+        assert quota.dry_state().under_oom
+    assert all(tenant.alive() for tenant in tenants)
+    assert not all(tenant.done() for tenant in tenants)
+    with pytest.raises(NoRoom):
+        quota.make_room(60 * MIB)
+    assert quota.dry_state().under_oom
+    quota.raise_quota(192 * MIB)
+    wait_for(lambda: all(tenant.done() for tenant in tenants), "the guest goes on")
+    assert quota.oom_kills_total == 0
 
 
 def test_a_dry_guest_goes_on_with_unused_room(rig: Rig) -> None:
