@@ -13,15 +13,16 @@ from uuid import uuid4
 import pytest
 import trio
 
-from host_agent.quota.base import VmQuota
-from host_agent.quota.cgroup1 import Cgroup1Backend
+from host_agent.quota.base import QuotaBackend, VmQuota
 from host_agent.quota.cgroup_tree import kill_below, remove_tree, subtree
-from host_agent.quota.detect import MOUNTINFO, memory_mounts
+from host_agent.quota.detect import detect
+from host_agent.quota.errors import QuotaUnavailable
 from host_agent.watchdog_client import WATCHDOG_FILE, Watchdog, WatchdogLost
 from protocol.units import MIB
 
 DEADLINE_S = 60.0 if os.environ.get("MEMBALLOON_SLOW_MACHINE") else 20.0
 GRACE_S = "0.3"
+RELEASES = (("memory.oom_control", "0"), ("memory.high", "max"), ("cgroup.freeze", "0"))
 
 HOLD = """
 import mmap, signal
@@ -61,8 +62,8 @@ def is_alive(pid: int) -> bool:
 class House:
     """A root with one VM, its processes, and the processes of the test."""
 
-    def __init__(self, root: Path) -> None:
-        self.backend = Cgroup1Backend(root)
+    def __init__(self, backend: QuotaBackend) -> None:
+        self.backend = backend
         self.backend.prepare()
         self.quota: VmQuota = self.backend.create("vm1", 32 * MIB, 16 * MIB)
         self.children: list[subprocess.Popen[str]] = []
@@ -80,7 +81,7 @@ class House:
         procs = str(self.quota.directory / "workload" / "cgroup.procs")
         python = (sys.executable, "-I", "-S", "-c", HOLD)
         guest = self.spawn("/bin/sh", "-c", 'echo $$ > "$0" && exec "$@"', procs, *python)
-        wait_for(lambda: self.quota.dry_state().under_oom, "the guest hangs")
+        wait_for(self.is_held, "the guest hangs")
         return guest
 
     def command(self, *options: str) -> tuple[str, ...]:
@@ -100,11 +101,18 @@ class House:
     def watchdog_is_gone(self) -> bool:
         return not any(is_alive(pid) for pid in self.watchdogs)
 
-    def oom_control(self) -> str:
-        return (self.quota.directory / "workload" / "memory.oom_control").read_text()
+    def is_held(self) -> bool:
+        """Version 2 holds by the freezer, which the agent's looks see to."""
+        dry = self.quota.dry_state().under_oom
+        return dry and (self.backend.cgroup_version == 1 or self.workload("cgroup.freeze") == "1")
+
+    def workload(self, name: str) -> str:
+        return (self.quota.directory / "workload" / name).read_text().strip()
 
     def is_armed(self) -> bool:
-        return "oom_kill_disable 1" in self.oom_control()
+        if self.backend.cgroup_version == 1:
+            return "oom_kill_disable 1" in self.workload("memory.oom_control")
+        return self.workload("memory.high") != "max" or self.workload("cgroup.freeze") == "1"
 
     def down(self) -> None:
         for child in self.children:
@@ -120,7 +128,9 @@ class House:
 
     def clear_root(self) -> None:
         for path in subtree(self.backend.root):
-            (path / "memory.oom_control").write_text("0")
+            for name, value in RELEASES:
+                if (path / name).exists():
+                    (path / name).write_text(value)
         wait_for(lambda: not kill_below(self.backend.root), "all guests are dead")
         for child in self.children:
             child.wait()
@@ -134,10 +144,10 @@ class House:
 def house() -> Iterator[House]:
     if os.geteuid() != 0:
         pytest.skip("making memory cgroups needs root")
-    version_1, _ = memory_mounts(MOUNTINFO.read_text())
-    if version_1 is None:
-        pytest.skip("no version 1 memory controller: a guest cannot be made to hang")
-    made = House(version_1 / f"mbtest-{uuid4().hex[:10]}")
+    try:
+        made = House(detect(f"mbtest-{uuid4().hex[:10]}"))
+    except QuotaUnavailable as unavailable:
+        pytest.skip(str(unavailable))
     try:
         yield made
     finally:
@@ -205,6 +215,8 @@ def test_a_beating_agent_is_left_alone(house: House) -> None:
 
 @pytest.mark.effects
 def test_cgroups_that_inherited_the_flag_are_released(house: House) -> None:
+    if house.backend.cgroup_version != 1:
+        pytest.skip("nothing is inherited with cgroup version 2")
     house.quota.arm_dry_events()
     nested = house.quota.directory / "workload" / "container"
     nested.mkdir()
@@ -212,6 +224,22 @@ def test_cgroups_that_inherited_the_flag_are_released(house: House) -> None:
     house.agent().kill()
     wait_for(house.watchdog_is_gone, "the watchdog ends")
     assert "oom_kill_disable 0" in (nested / "memory.oom_control").read_text()
+
+
+@pytest.mark.effects
+def test_what_somebody_else_froze_in_a_workload_stays_so(house: House) -> None:
+    """An engine that paused a container; version 2, where the agent uses the freezer itself."""
+    if house.backend.cgroup_version != 2:
+        pytest.skip("version 1 has a freezer of its own, which nothing here uses")
+    house.quota.arm_dry_events()
+    nested = house.quota.directory / "workload" / "container"
+    nested.mkdir()
+    (nested / "cgroup.freeze").write_text("1")
+    house.agent().kill()
+    wait_for(house.watchdog_is_gone, "the watchdog ends")
+    assert not house.is_armed()
+    assert (nested / "cgroup.freeze").read_text() == "1\n"
+    (nested / "cgroup.freeze").write_text("0")
 
 
 @pytest.mark.effects

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from host_agent.quota.cgroup2_backend import hand_down_memory
+
 CHILD = Path(__file__).parent / "page_child.py"
 
 
@@ -61,8 +63,11 @@ class PageChild:
 
 
 def memory_root() -> Path:
-    v1 = Path("/sys/fs/cgroup/memory")
-    return v1 if v1.is_dir() else Path("/sys/fs/cgroup")
+    v1, v2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
+    if v1.is_dir():
+        return v1
+    hand_down_memory(v2)
+    return v2
 
 
 def remove_cgroup(directory: Path) -> None:

@@ -11,11 +11,17 @@ import trio
 
 from host_agent.machines.base import MachineSpec
 from host_agent.machines.process import ProcessBackend, ProcessMachine
+from host_agent.quota.cgroup2_backend import hand_down_memory
+
+SLOWNESS = 6 if os.environ.get("MEMBALLOON_SLOW_MACHINE") else 1
 
 
 def memory_root() -> Path:
-    v1 = Path("/sys/fs/cgroup/memory")
-    return v1 if v1.is_dir() else Path("/sys/fs/cgroup")
+    v1, v2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
+    if v1.is_dir():
+        return v1
+    hand_down_memory(v2)
+    return v2
 
 
 class MachineRig:
@@ -27,11 +33,14 @@ class MachineRig:
 
     def set_up(self) -> None:
         self.cgroup.mkdir()
+        self.hand_down(self.cgroup)
         self.run_dir.mkdir(parents=True)
 
     def spec(self, *command: str, name: str = "vm1", **changes: Any) -> MachineSpec:
         cgroup = self.cgroup / name
-        for directory in (cgroup, cgroup / "workload", cgroup / "driver"):
+        cgroup.mkdir(exist_ok=True)
+        self.hand_down(cgroup)
+        for directory in (cgroup / "workload", cgroup / "driver"):
             directory.mkdir(exist_ok=True)
         values: dict[str, Any] = {
             "name": name,
@@ -47,11 +56,16 @@ class MachineRig:
         }
         return MachineSpec(**(values | changes))
 
+    def hand_down(self, cgroup: Path) -> None:
+        """With version 2 what is below has the memory controller only if it is given it."""
+        if (cgroup / "cgroup.subtree_control").exists():
+            hand_down_memory(cgroup)
+
     async def output(self, script: str, **changes: Any) -> str:
         """What a shell script prints as the workload of a mock VM."""
         spec = self.spec("sh", "-c", script, **changes)
         machine = await self.backend.launch(spec)
-        with trio.fail_after(20):
+        with trio.fail_after(20 * SLOWNESS):
             await machine.wait_exited()
         return spec.log_path.read_text()
 
@@ -88,7 +102,7 @@ class MachineRig:
 
 async def until(condition: Any, what: str) -> None:
     """Wait for a predicate, with a deadline."""
-    with trio.move_on_after(10):
+    with trio.move_on_after(10 * SLOWNESS):
         while not condition():
             await trio.sleep(0.005)
         return
