@@ -67,6 +67,9 @@ def test_killed_in_the_middle_of_an_inflation(rig: Rig, victim: str, moment: int
             )
             os.kill(rig.pid_of("a", victim), signal.SIGKILL)
             await until(lambda: not agent.vm("a").connected, "the connection to end")
+            # The room goes back to the workload without waiting for the driver.
+            await until(lambda: rig.limit("a", "workload") == agent.vm("a").quota_bytes, "its room")
+            assert not agent.vm("a").connected
             # The wish stands, so the driver that comes back is asked again.
             await balloon_of(agent, "a", 500)
             await until(lambda: not rig.differences(agent), lambda: rig.differences(agent))

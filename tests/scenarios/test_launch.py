@@ -2,14 +2,20 @@
 
 import logging
 import random
+import threading
+import time
+from typing import Any
 
 import pytest
 import trio
+import trio.lowlevel
 from scenario_rig import Rig, appetite, spec, touched, until, workload
 
 from host_agent import agent as agent_module
 from host_agent.agent import Agent
 from host_agent.errors import BadRequest, NotEnoughMemory
+from host_agent.guest import Phase
+from host_agent.quota.base import VmQuota
 from protocol.units import MIB
 
 pytestmark = pytest.mark.effects
@@ -109,6 +115,50 @@ def test_cancelled_at_any_moment_nothing_is_left(rig: Rig) -> None:
                 assert nothing_of(rig, agent, "a") == [], turn
                 assert agent.vm("other").connected
             assert agent.host().free_bytes == (512 - 16 - 64) * MIB
+
+    rig.play(scenario)
+
+
+def test_cancelled_at_each_step_nothing_is_left(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        async with rig.agent() as agent:
+            making = threading.Event()
+            create = agent.quotas.create
+
+            def create_slowly(*arguments: Any) -> VmQuota:
+                making.set()
+                time.sleep(0.1)
+                return create(*arguments)
+
+            monkeypatch.setattr(agent.quotas, "create", create_slowly)
+
+            async def cancel_when(step: str, scope: trio.CancelScope) -> None:
+                while "a" not in agent.balancer.guests:
+                    await trio.lowlevel.checkpoint()
+                guest = agent.balancer.guests["a"]
+                reached = {
+                    "admitted": lambda: True,
+                    "starting": lambda: guest.phase is not Phase.PENDING,
+                    "its cgroups are being made": making.is_set,
+                    "has a quota": lambda: guest.quota is not None,
+                    "has a process": lambda: bool(rig.processes()),
+                    "runs": lambda: guest.machine is not None,
+                }[step]
+                while not reached():
+                    await trio.lowlevel.checkpoint()
+                scope.cancel()
+
+            steps = ("admitted", "starting", "its cgroups are being made")
+            for step in (*steps, "has a quota", "has a process", "runs"):
+                making.clear()
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(cancel_when, step, nursery.cancel_scope)
+                    await agent.launch(spec("a", 64))
+                    pytest.fail(f"not cancelled: {step}")
+                # A thread that was left behind would have made something by then.
+                await agent.launch(spec("b", 64))
+                await agent.stop("b")
+                assert nothing_of(rig, agent, "a") == [], step
 
     rig.play(scenario)
 
