@@ -34,6 +34,16 @@ def rig(request: pytest.FixtureRequest, scratch: Path) -> Iterator[Rig]:
         made.down()
 
 
+@pytest.fixture(params=["cgroup1", "cgroup2"])
+def real_rig(request: pytest.FixtureRequest, scratch: Path) -> Iterator[CgroupRig]:
+    made = make_rig(request.param, scratch)
+    assert isinstance(made, CgroupRig)
+    try:
+        yield made
+    finally:
+        made.down()
+
+
 @pytest.fixture
 def rig1(scratch: Path) -> Iterator[CgroupRig]:
     made = make_rig("cgroup1", scratch)

@@ -47,11 +47,12 @@ signal.pause()
 """
 
 
-def wait_for(predicate: Callable[[], bool], what: str, deadline_s: float = DEADLINE_S) -> None:
+def wait_for(predicate: Callable[[], bool], what: str, pause_s: float = 0.005) -> None:
+    deadline_s = DEADLINE_S
     end_s = time.monotonic() + deadline_s
     while not predicate():
         assert time.monotonic() < end_s, f"not within {deadline_s} s: {what}"
-        time.sleep(0.005)
+        time.sleep(pause_s)
 
 
 def readable(descriptor: int, timeout_s: float = 0.0) -> bool:

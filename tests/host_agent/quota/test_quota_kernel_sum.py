@@ -4,9 +4,9 @@ import threading
 from pathlib import Path
 
 import pytest
-from quota_rigs import CgroupRig
+from quota_rigs import CgroupRig, wait_for
 
-from host_agent.quota.kernel_sum import KernelSum
+from host_agent.quota.kernel_sum import KernelSum, KernelSumReading
 from protocol.units import MIB
 
 
@@ -42,14 +42,14 @@ def test_no_root_is_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.effects
-def test_vms_come_and_go(rig1: CgroupRig) -> None:
-    total = KernelSum(rig1.backend.root, 24 * MIB)
+def test_vms_come_and_go(real_rig: CgroupRig) -> None:
+    total = KernelSum(real_rig.backend.root, 24 * MIB)
     assert total.read().sum_bytes == 0
-    first, second = rig1.create(name="vm1"), rig1.create(name="vm2", quota_mib=64)
+    first, second = real_rig.create(name="vm1"), real_rig.create(name="vm2", quota_mib=64)
     assert total.read().quota_bytes == {"vm1": 96 * MIB, "vm2": 64 * MIB}
     first.remove()
     assert total.read().quota_bytes == {"vm2": 64 * MIB}
-    rig1.create(name="vm1", quota_mib=32)
+    real_rig.create(name="vm1", quota_mib=32)
     assert total.read().sum_bytes == 96 * MIB
     second.raise_quota(80 * MIB)
     assert total.read().sum_bytes == 112 * MIB
@@ -57,10 +57,10 @@ def test_vms_come_and_go(rig1: CgroupRig) -> None:
 
 
 @pytest.mark.effects
-def test_memory_on_the_move_is_never_seen_twice(rig1: CgroupRig) -> None:
+def test_memory_on_the_move_is_never_seen_twice(real_rig: CgroupRig) -> None:
     """Two guests pass 32 MiB to and fro, free first; no stable sum may pass what both have."""
     pool_bytes = 160 * MIB
-    pair = [rig1.create(quota_mib=96, name="vm1"), rig1.create(quota_mib=64, name="vm2")]
+    pair = [real_rig.create(quota_mib=96, name="vm1"), real_rig.create(quota_mib=64, name="vm2")]
     stop = threading.Event()
 
     def move() -> None:
@@ -74,9 +74,16 @@ def test_memory_on_the_move_is_never_seen_twice(rig1: CgroupRig) -> None:
 
     thread = threading.Thread(target=move)
     thread.start()
-    total = KernelSum(rig1.backend.root, 24 * MIB)
+    total = KernelSum(real_rig.backend.root, 24 * MIB)
+    readings: list[KernelSumReading] = []
+
+    def enough() -> bool:
+        readings.append(total.read())
+        # It did move.
+        return len(readings) >= 1500 and len({now.quota_bytes["vm1"] for now in readings}) == 2
+
     try:
-        readings = [total.read() for _ in range(1500)]
+        wait_for(enough, "1500 readings", pause_s=0)
     finally:
         stop.set()
         thread.join()
@@ -84,4 +91,3 @@ def test_memory_on_the_move_is_never_seen_twice(rig1: CgroupRig) -> None:
     stable = [reading.sum_bytes for reading in readings if reading.stable]
     assert len(stable) > len(readings) // 2
     assert set(stable) <= {pool_bytes, pool_bytes - 32 * MIB}
-    assert len({reading.quota_bytes["vm1"] for reading in readings}) == 2  # it did move
