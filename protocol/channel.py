@@ -67,6 +67,9 @@ class Channel:
         may have sent half a message, so the channel is broken then.
         """
         async with self._sending:
+            # Whoever hears the end of a session and cancels the senders of it must not find that
+            # one of them, woken in that instant, still speaks.
+            await trio.lowlevel.checkpoint_if_cancelled()
             said = bytearray()
             try:
                 for message in messages:

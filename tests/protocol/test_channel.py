@@ -54,6 +54,24 @@ async def greet(guest: Channel, host: Channel) -> None:
     assert await guest.receive() == WELCOME
 
 
+def test_a_sender_that_is_cancelled_as_the_session_ends_says_nothing() -> None:
+    """Also one that was woken in that very instant: it would break the protocol."""
+
+    async def scenario(guest: Channel, host: Channel, stream: trio.abc.Stream) -> None:
+        await greet(guest, host)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(guest.send, VITALS)
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            said = guest.connection.send(Goodbye("now"))
+            nursery.cancel_scope.cancel()
+        await stream.send_all(said)
+        while not isinstance(await host.receive(), Goodbye):
+            pass
+
+    for _ in range(20):
+        run(scenario)
+
+
 def test_messages_arrive_in_order_and_one_by_one() -> None:
     async def scenario(guest: Channel, host: Channel, stream: trio.abc.Stream) -> None:
         await greet(guest, host)
