@@ -10,6 +10,7 @@ from the Welcome what the host holds.
 
 import contextlib
 import logging
+import math
 import signal
 import time
 from dataclasses import dataclass, field
@@ -65,6 +66,9 @@ LONGEST_BACKOFF_S: Final = 2.0
 """An agent that restarts is found again within two seconds; until then nobody can ask anyway."""
 
 WELCOME_DEADLINE_S: Final = 10.0
+
+FAREWELL_DEADLINE_S: Final = 0.5
+"""The Goodbye is a courtesy: a host that does not read must not hold the end up."""
 
 REPORT_PAGES: Final = {0: pages_of(32 * MIB), 9: pages_of(128 * MIB)}
 """Pages of one report by frame order: 7 to 15 ms of reserving, so that the host verifies one
@@ -171,7 +175,7 @@ class _Attempt:
 
 @dataclass(slots=True)
 class _Reserving:
-    """A reservation under way; `ended` once the host has been told so."""
+    """A reservation under way; `ended` once the host is told so before anything else."""
 
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     ended: trio.Event = field(default_factory=trio.Event)
@@ -196,17 +200,30 @@ class Conversation:
         try:
             while True:
                 interval_s = await self._greet(channel)
+                self._outbox, outgoing = trio.open_memory_channel[Message](math.inf)
                 async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._write, channel, outgoing)
                     nursery.start_soon(self._send_vitals, channel, interval_s)
                     await self._listen(channel, nursery)
                     nursery.cancel_scope.cancel()
                 await self._driver.release_unclaimed()
-        except trio.Cancelled:
-            with trio.move_on_after(0.5) as scope:
-                scope.shield = True
-                with contextlib.suppress(ChannelError):
-                    await channel.send(Goodbye("the driver ends"))
-            raise
+        finally:
+            # Cancelled: a nursery wraps it, so there is no exception to look for.
+            if trio.current_effective_deadline() == -math.inf:
+                await self._say_goodbye(channel)
+
+    async def _say_goodbye(self, channel: Channel) -> None:
+        with trio.move_on_after(FAREWELL_DEADLINE_S) as scope, contextlib.suppress(ChannelError):
+            scope.shield = True
+            await channel.send(Goodbye("the driver ends"))
+
+    def _say(self, message: Message) -> None:
+        """Tell the host soon, and in order: nothing can come between, not even a cancellation."""
+        self._outbox.send_nowait(message)
+
+    async def _write(self, channel: Channel, outgoing: trio.MemoryReceiveChannel[Message]) -> None:
+        async for message in outgoing:
+            await channel.send(message)
 
     async def _greet(self, channel: Channel) -> float:
         """Hello and Welcome; returns the interval of the vitals in seconds."""
@@ -254,12 +271,12 @@ class Conversation:
                         reserving.scope.cancel()
                         await reserving.ended.wait()
                         reserving = None
-                    await self._answer_target(channel, message)
+                    self._answer_target(message)
                 case Reserve():
                     reserving = _Reserving()
-                    nursery.start_soon(self._reserve, channel, message, reserving)
+                    nursery.start_soon(self._reserve, message, reserving)
                 case Claim():
-                    nursery.start_soon(self._drop, channel, message)
+                    nursery.start_soon(self._drop, message)
                 case Rejection():
                     rejected = message.frames
                     nursery.start_soon(self._reservoir.release, rejected, FrameState.FREE)
@@ -273,7 +290,7 @@ class Conversation:
                 case Goodbye():
                     LOG.info("the host said goodbye: %s", message.reason)
 
-    async def _answer_target(self, channel: Channel, target: Target) -> None:
+    def _answer_target(self, target: Target) -> None:
         memory, estimate = self._driver.look()
         actual_pages = self._reservoir.states.count(FrameState.CLAIMED)
         decision = decide(
@@ -282,11 +299,11 @@ class Conversation:
             estimate,
             bytes_of(self._config.assigned_pages),
         )
-        await channel.send(_answer(target, decision, self._process.frame_order))
+        self._say(_answer(target, decision, self._process.frame_order))
 
     # Frames
 
-    async def _reserve(self, channel: Channel, order: Reserve, reserving: "_Reserving") -> None:
+    async def _reserve(self, order: Reserve, reserving: _Reserving) -> None:
         """Reserve what the host made room for, and report it piece by piece."""
         attempt = _Attempt()
         with reserving.scope:
@@ -297,14 +314,12 @@ class Conversation:
                     await under_way.acquire()
                     if attempt.reason is not None:
                         break
-                    nursery.start_soon(
-                        self._reserve_piece, channel, order, piece, attempt, under_way
-                    )
+                    nursery.start_soon(self._reserve_piece, order, piece, attempt, under_way)
         if reserving.scope.cancelled_caught:
             attempt.reason = RefusalReason.BUSY
         elif attempt.reported_pages < order.pages and attempt.reason is None:
             attempt.reason = RefusalReason.AT_TARGET
-        await channel.send(
+        self._say(
             Reserved(
                 order.target_id, attempt.reported_pages, attempt.reason, one_line(attempt.detail)
             )
@@ -313,10 +328,9 @@ class Conversation:
 
     async def _reserve_piece(
         self,
-        channel: Channel,
         order: Reserve,
         frames: PageFrames,
-        attempt: "_Attempt",
+        attempt: _Attempt,
         under_way: trio.Semaphore,
     ) -> None:
         try:
@@ -327,15 +341,14 @@ class Conversation:
         finally:
             under_way.release()
         # From here on the host must hear of them, whatever else happens: no checkpoint before.
-        with trio.CancelScope(shield=True):
-            self._reservoir.states.mark(frames, FrameState.REPORTED)
-            attempt.reported_pages += frames.page_count
-            self._report_id += 1
-            await channel.send(Report(order.target_id, self._report_id, frames))
+        self._reservoir.states.mark(frames, FrameState.REPORTED)
+        attempt.reported_pages += frames.page_count
+        self._report_id += 1
+        self._say(Report(order.target_id, self._report_id, frames))
 
-    async def _drop(self, channel: Channel, claim: Claim) -> None:
+    async def _drop(self, claim: Claim) -> None:
         await self._reservoir.release(claim.frames, FrameState.CLAIMED)
-        await channel.send(Dropped(claim.report_id, claim.frames))
+        self._say(Dropped(claim.report_id, claim.frames))
 
     # Statistics
 
