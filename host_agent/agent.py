@@ -3,53 +3,42 @@
     events -> ledger -> snapshot -> policy's plan -> ordered (free first) -> cgroups
 
 The sentence is carried out by the balancer (balance.py); sessions (intake/) bring the events, and
-hosting.py gives each mock VM its life. Here they are put together, VMs are launched, changed and
-stopped, and an agent that starts finds the VMs that another one left.
+hosting.py gives each mock VM its life; inheritance.py finds the VMs that another agent left. Here
+they are put together, and VMs are launched, changed and stopped. service.py runs it.
 """
 
 import contextlib
 import logging
-import os
-import signal
 import sys
-from collections.abc import AsyncIterator
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Final
 
 import trio
 
 from host_agent.balance import Balancer, Policy
-from host_agent.blocking import Threads, run_blocking
-from host_agent.config import Config, HostConfig
+from host_agent.blocking import Threads
+from host_agent.config import Config
 from host_agent.errors import (
     AgentError,
     BadRequest,
     ConfigError,
-    MissingRight,
-    NoMemoryController,
     NoSuchVm,
     NotEnoughMemory,
-    SocketInUse,
     VmExists,
 )
-from host_agent.facade.control import build_app
 from host_agent.facade.port import HostView, VitalsView, VmChange, VmSpec, VmView
-from host_agent.facade.server import is_answered, serve
 from host_agent.guest import Guest, Phase
 from host_agent.hosting import START_ERRORS, Hosting, Places, count_kills
+from host_agent.inheritance import Inheritance, state_of
 from host_agent.ledger.ledger import Ledger, LedgerError
 from host_agent.machines.base import Machine, MachineBackend, MachineError
-from host_agent.machines.process import ProcessBackend
 from host_agent.policy import shares
+from host_agent.promises import check_promise, pinned_pages
 from host_agent.quota.base import QuotaBackend
-from host_agent.quota.detect import detect
-from host_agent.quota.errors import QuotaError, QuotaUnavailable
-from host_agent.sole_owner import sole_owner
-from host_agent.state import AgentState, GuestState, StateError, load_state, save_state
+from host_agent.quota.errors import QuotaError
+from host_agent.state import StateError, save_state
 from host_agent.views import vitals_view, vm_view
-from host_agent.watchdog_client import Watchdog
 from protocol.units import HUGE_PAGE_BYTES, bytes_of, pages_of
 
 LOG = logging.getLogger("memballoon.agent")
@@ -95,6 +84,9 @@ class Agent:
             self._places,
             dry_patience_s=host.dry_patience_s,
         )
+        self._inheritance = Inheritance(
+            self.balancer, quotas, machines, self._threads, self._places
+        )
         self._nursery: trio.Nursery | None = None
         self._started_s = 0.0
         self._saving = trio.Lock()
@@ -117,7 +109,7 @@ class Agent:
         # An agent that can't take over all VMs must leave all of them, and their state, alone.
         self._hosting.keep_running = True
         async with trio.open_nursery() as nursery:
-            await self._adopt_all(nursery)
+            await self._inheritance.take_over(partial(nursery.start, self._host))
             self._hosting.keep_running = False
             self._knows_all = True
             try:
@@ -165,7 +157,7 @@ class Agent:
                 f"{spec.name}: a guest with 2 MiB frames has a whole number of them",
                 what_to_do="choose a memory size that is a multiple of 2MiB",
             )
-        self._check_promise(spec.name, spec.reservation_bytes)
+        check_promise(self.ledger, spec.name, spec.reservation_bytes)
         self.ledger.admit(
             spec.name,
             pages_of(spec.assigned_bytes),
@@ -175,22 +167,6 @@ class Agent:
         guest = self.balancer.guests[spec.name] = Guest(spec)
         self.balancer.replan()
         return guest
-
-    def _check_promise(self, name: str, reservation_bytes: int) -> None:
-        """Refuse a reservation that could not be kept together with all others."""
-        others = sum(
-            bytes_of(self.ledger.view(other).reservation_pages)
-            for other in self.ledger
-            if other != name
-        )
-        room = bytes_of(self.ledger.pool_pages - self.ledger.reserve_pages)
-        missing = others + reservation_bytes - room
-        if missing > 0:
-            raise NotEnoughMemory(
-                missing,
-                message=f"{name}: the reservations together would exceed the pool",
-                what_to_do="lower this reservation, or another VM's with `balloon set`",
-            )
 
     async def _wait_for_memory(self, guest: Guest) -> None:
         """Until the guest has its startup quota, or the most that shares entitle it to now."""
@@ -270,11 +246,11 @@ class Agent:
     async def change(self, name: str, change: VmChange) -> VmView:
         """Apply an operator's wish; what can't be is refused as a whole."""
         guest = self._guest(name)
-        pinned = self._pinned_pages(guest, change)
+        pinned = pinned_pages(self.ledger, self.balancer.guests, guest, change)
         if change.reservation_bytes is not None:
             if change.reservation_bytes > guest.spec.assigned_bytes:
                 raise BadRequest(f"{name}: the reservation exceeds the assigned size")
-            self._check_promise(name, change.reservation_bytes)
+            check_promise(self.ledger, name, change.reservation_bytes)
         try:
             if change.reservation_bytes is not None:
                 self.ledger.set_reservation(name, pages_of(change.reservation_bytes))
@@ -287,43 +263,6 @@ class Agent:
         self.balancer.plan_once()
         await self._save()
         return self.vm(name)
-
-    def _pinned_pages(self, guest: Guest, change: VmChange) -> int | None:
-        """The quota that the operator fixes; None if the policy decides."""
-        if change.automatic:
-            return None
-        quota_bytes = change.quota_bytes
-        if change.target_bytes is not None:
-            if change.target_bytes > guest.spec.assigned_bytes:
-                raise BadRequest(f"{guest.name}: the target exceeds the assigned size")
-            quota_bytes = guest.spec.assigned_bytes - change.target_bytes
-        if quota_bytes is None:
-            return guest.pinned_pages
-        if quota_bytes > guest.spec.assigned_bytes:
-            raise BadRequest(f"{guest.name}: the quota exceeds the assigned size")
-        account = self.ledger.view(guest.name)
-        reservation_bytes = (
-            bytes_of(account.reservation_pages)
-            if change.reservation_bytes is None
-            else change.reservation_bytes
-        )
-        if quota_bytes < reservation_bytes:
-            raise BadRequest(
-                f"{guest.name}: the quota would be below its reservation",
-                what_to_do="lower the reservation as well",
-            )
-        others = sum(
-            max(self.ledger.view(name).reservation_pages, other.pinned_pages or 0)
-            for name, other in self.balancer.guests.items()
-            if other is not guest
-        )
-        room = self.ledger.pool_pages - self.ledger.reserve_pages - others
-        if pages_of(quota_bytes) > room:
-            raise NotEnoughMemory(
-                quota_bytes - bytes_of(room),
-                message=f"{guest.name}: the others' reservations leave no room for that quota",
-            )
-        return pages_of(quota_bytes)
 
     # Looking
 
@@ -396,99 +335,13 @@ class Agent:
     async def _save(self) -> None:
         if not self._knows_all:
             return
-        guests = tuple(
-            GuestState(
-                name=guest.name,
-                assigned_bytes=guest.spec.assigned_bytes,
-                reservation_bytes=bytes_of(self.ledger.view(guest.name).reservation_pages),
-                shares=self.ledger.view(guest.name).shares,
-                overhead_bytes=guest.overhead_bytes,
-                frame_order=guest.spec.frame_order,
-                command=guest.spec.command,
-                backend=PROCESS_BACKEND,
-                machine=guest.machine.state,
-                pinned_bytes=None if guest.pinned_pages is None else bytes_of(guest.pinned_pages),
-            )
-            for guest in self.balancer.guests.values()
-            if guest.machine is not None and guest.phase is not Phase.STOPPING
-        )
-        state = AgentState(guests=guests)
+        state = state_of(self.balancer, PROCESS_BACKEND)
         # In a thread, since it waits for the disk; one at a time and in order, the newest last.
         async with self._saving:
             try:
                 await trio.to_thread.run_sync(save_state, self._places.state_dir, state)
             except StateError as error:
                 LOG.error("%s", error)
-
-    async def _adopt_all(self, nursery: trio.Nursery) -> None:
-        """Take over the VMs that an earlier agent left running; clear away what is dead.
-
-        Raises ConfigError for what can't be taken over.
-        """
-        try:
-            states = load_state(self._places.state_dir).guests
-        except StateError as error:
-            raise ConfigError(str(error)) from error
-        for state in states:
-            spec = VmSpec(
-                name=state.name,
-                assigned_bytes=state.assigned_bytes,
-                reservation_bytes=state.reservation_bytes,
-                shares=state.shares,
-                startup_bytes=state.assigned_bytes,
-                frames="2MiB" if state.frame_order else "4KiB",
-                command=state.command,
-            )
-            guest = Guest(spec)
-            if state.pinned_bytes is not None:
-                guest.pinned_pages = pages_of(state.pinned_bytes)
-            try:
-                machine = await self._machines.adopt(state.machine)
-                if machine is None:
-                    LOG.warning("%s is not running any more", state.name)
-                    continue
-                await self._adopt(guest, machine, nursery)
-            except (MachineError, QuotaError) as error:
-                raise ConfigError(
-                    f"the VM {state.name} can't be taken over: {error}",
-                    what_to_do="start with the configuration of before, or stop its processes",
-                ) from error
-        await run_blocking(
-            self._clear_leftovers, timeout_s=60.0, limiter=self._threads.limit_writes
-        )
-
-    async def _adopt(self, guest: Guest, machine: Machine, nursery: trio.Nursery) -> None:
-        quota = self._quotas.open_existing(guest.name, guest.overhead_bytes)
-        quota_bytes = quota.read().vm_limit_bytes - guest.overhead_bytes
-        guest.oom_kills = quota.oom_kills_total
-        quota.close()
-        try:
-            self.ledger.adopt(
-                guest.name,
-                guest.assigned_pages,
-                pages_of(guest.spec.reservation_bytes),
-                guest.spec.shares,
-                pages_of(quota_bytes),
-            )
-        except LedgerError as error:
-            raise ConfigError(
-                f"the VM {guest.name} that is running does not fit this pool ({error})",
-                what_to_do="start with the pool of before, or stop the VM's processes",
-            ) from error
-        guest.phase = Phase.RUNNING
-        self.balancer.guests[guest.name] = guest
-        await nursery.start(self._host, guest, machine)
-        LOG.info("%s was running and is taken over", guest.name)
-
-    def _clear_leftovers(self) -> None:
-        """Remove what a dead agent left of VMs that nobody knows any more."""
-        for name in set(self._quotas.names()) - set(self.balancer.guests):
-            LOG.warning("%s was left by an agent that died: removed", name)
-            quota = self._quotas.open_existing(name, 0)
-            quota.kill_all()
-            quota.remove()
-        for name in self._places.names() - set(self.balancer.guests):
-            self._places.remove(name)
 
     async def _warm_up(self) -> None:
         """Compile the driver's modules once: a mock VM's root is read-only, it can't keep them."""
@@ -499,92 +352,3 @@ class Agent:
 async def _first_of(event: trio.Event, scope: trio.CancelScope) -> None:
     await event.wait()
     scope.cancel()
-
-
-@contextlib.asynccontextmanager
-async def running(
-    config: Config, *, die_with_agent: bool = False, scratch_dir: Path | None = None
-) -> AsyncIterator[Agent]:
-    """A working agent with its control API, inside a nursery; everything ends with the block.
-
-    `die_with_agent`: if this process is killed, the watchdog removes the VMs as well (a
-    demonstration), instead of leaving them to the next agent, and with them all files, or
-    `scratch_dir` as a whole.
-
-    Raises UserErrors before anything is made: MissingRight, NoMemoryController, SocketInUse.
-    """
-    host = config.host
-    if os.geteuid() != 0:
-        raise MissingRight("the agent needs root", what_to_do="run it with sudo")
-    try:
-        quotas = detect(host.cgroup_root)
-    except QuotaUnavailable as error:
-        raise NoMemoryController(str(error)) from error
-    with contextlib.suppress(OSError):  # of a path that can't be, more is said when it is made
-        if is_answered(host.control_socket):
-            raise SocketInUse(host.control_socket)
-    with contextlib.ExitStack() as owned:
-        try:
-            _make_private(host.run_dir)
-            owned.enter_context(sole_owner(host.state_dir, partial(_make_private, host.state_dir)))
-            owned.enter_context(sole_owner(quotas.root, quotas.prepare))
-        except QuotaUnavailable as error:
-            raise NoMemoryController(str(error)) from error
-        except OSError as error:
-            raise BadRequest(f"{error.filename}: {error.strerror}") from error
-        owned.callback(_remove_root, quotas)
-        agent = Agent(config, quotas, ProcessBackend(hidden_dirs=(host.state_dir,)))
-        async with trio.open_nursery() as nursery:
-            watchdog = Watchdog(
-                quotas.root,
-                on_death="remove" if die_with_agent else "release",
-                remove_paths=_paths_of(host, scratch_dir) if die_with_agent else (),
-                on_released=agent.rearm_all,
-            )
-            async with watchdog, trio.open_nursery() as workers:
-                await workers.start(agent.run)
-                try:
-                    # Only now: who asks is answered by an agent that knows all of its VMs.
-                    await nursery.start(partial(serve, build_app(agent), host.control_socket))
-                except BaseException:
-                    agent.keep_vms()
-                    raise
-                yield agent
-                if host.on_exit == "keep" and not die_with_agent:
-                    agent.keep_vms()
-                workers.cancel_scope.cancel()
-            nursery.cancel_scope.cancel()
-
-
-def _paths_of(host: HostConfig, scratch_dir: Path | None) -> tuple[Path, ...]:
-    return (host.run_dir, host.state_dir) if scratch_dir is None else (scratch_dir,)
-
-
-def _make_private(directory: Path) -> None:
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-
-
-def _remove_root(quotas: QuotaBackend) -> None:
-    # It stays where VMs were kept.
-    with contextlib.suppress(QuotaError):
-        quotas.remove_root()
-
-
-async def run_agent(config: Config) -> None:
-    """`balloon agent`: run until SIGINT or SIGTERM."""
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        async with running(config) as agent, trio.open_nursery() as nursery:
-            for spec in config.vms:
-                if spec.name not in agent.balancer.guests:
-                    nursery.start_soon(_launch_configured, agent, spec)
-            async for number in signals:
-                LOG.info("%s: ending", signal.Signals(number).name)
-                nursery.cancel_scope.cancel()
-                break
-
-
-async def _launch_configured(agent: Agent, spec: VmSpec) -> None:
-    try:
-        await agent.launch(spec)
-    except AgentError as error:
-        LOG.error("%s: %s", spec.name, error.one_line())

@@ -9,8 +9,9 @@ import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from host_agent.agent import Agent, running
+from host_agent.agent import Agent
 from host_agent.config import Config, HostConfig
+from host_agent.service import running
 
 
 @contextlib.asynccontextmanager

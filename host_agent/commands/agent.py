@@ -6,8 +6,8 @@ from pathlib import Path
 import click
 import trio
 
-from host_agent.agent import run_agent
 from host_agent.config import load_config
+from host_agent.service import run_agent
 
 
 @click.command()
