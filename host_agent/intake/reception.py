@@ -16,6 +16,7 @@ from host_agent.audit.errors import AuditError, ProcessGone
 from host_agent.balance import Balancer
 from host_agent.blocking import DeadlinePassed, Threads, run_blocking
 from host_agent.guest import Guest, Phase
+from host_agent.intake.faults import GuestAtFault, GuestStuck
 from host_agent.intake.listener import (
     HelloRefused,
     is_driver_of,
@@ -26,7 +27,7 @@ from host_agent.intake.listener import (
     say_goodbye,
 )
 from host_agent.intake.pace import Pace
-from host_agent.intake.session import GuestAtFault, GuestSession, GuestStuck
+from host_agent.intake.session import GuestSession
 from host_agent.ledger.ledger import LedgerError
 from host_agent.quota.errors import QuotaError
 from protocol.channel import Channel

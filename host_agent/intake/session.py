@@ -16,10 +16,8 @@ caller closes the connection. Its quota stays what the ledger says.
 
 import math
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
-from functools import partial
 from typing import Final, Protocol, TypeVar
 
 import trio
@@ -27,10 +25,12 @@ import trio
 from host_agent.audit.frames import AuditResult
 from host_agent.blocking import DeadlinePassed, Threads, run_blocking
 from host_agent.guest import Guest
+from host_agent.intake.faults import LIES, GuestAtFault, GuestLied, GuestStuck
 from host_agent.intake.pace import Pace
+from host_agent.intake.room import Room
 from host_agent.ledger.ledger import Ledger
 from host_agent.quota.base import SETTLE_TIMEOUT_S
-from host_agent.quota.errors import LimitRefused, NoRoom, QuotaError
+from host_agent.quota.errors import LimitRefused
 from protocol.channel import Channel
 from protocol.errors import ChannelBroken, LocalProtocolError
 from protocol.messages import (
@@ -64,9 +64,6 @@ PROGRESS_DEADLINE_S: Final = 10.0
 AUDIT_DEADLINE_S: Final = 10.0
 """Verifying 1 GiB takes 60 ms; a hundred times as long means that something is wrong."""
 
-ROOM_DEADLINE_S: Final = 10.0
-"""Making room may have to write 100 MiB of dirty cache to a slow disk."""
-
 LOWER_AGAIN_S: Final = 0.002
 """The kernel's counters lag by 64 pages a CPU, and come right within milliseconds."""
 
@@ -75,29 +72,6 @@ MOST_VITALS: Final = 100
 
 SMALLEST_ROOM_PAGES: Final = pages_of(1 * MIB)
 """Below this, halving an offer that found no room is not worth the attempts."""
-
-LIES: Final = frozenset(
-    {
-        RejectionReason.OUT_OF_RANGE,
-        RejectionReason.ALREADY_CLAIMED,
-        RejectionReason.FOREIGN_CGROUP,
-        RejectionReason.SHARED,
-        RejectionReason.NO_ROOM,
-    }
-)
-"""Reasons that no honest driver can cause: the frames are not the guest's to give."""
-
-
-class GuestAtFault(Exception):
-    """The guest lied or got stuck; the message says how. Its connection ends."""
-
-
-class GuestLied(GuestAtFault):
-    """It named frames that are not its own, kept frames that it said it had dropped, or floods."""
-
-
-class GuestStuck(GuestAtFault):
-    """It made no progress towards its target by the deadline."""
 
 
 class Auditor(Protocol):
@@ -172,6 +146,7 @@ class GuestSession:
         self._auditor = auditor
         self._ledger = ledger
         self._threads = threads
+        self._room = Room(guest, ledger, threads)
         self._owner = owner
         self._inflation: _Inflation | None = None
         self._next_target_id = 0
@@ -327,39 +302,8 @@ class GuestSession:
 
     async def _try_room(self, inflation: _Inflation, pages: int) -> bool:
         await self._check_replaced()
-        name = self._guest.name
-        if pages > self._ledger.view(name).workload_pages:
-            return False
-        # In the books first: whoever raises the quota meanwhile sees the intended limit and stops
-        # us (`stop_making_room`), so that the kernel and the books can't part.
-        self._ledger.make_room(name, pages)
-        limit_bytes = bytes_of(self._ledger.view(name).workload_pages)
-        try:
-            await run_blocking(
-                partial(self._shrink, limit_bytes, trio.lowlevel.current_trio_token()),
-                timeout_s=ROOM_DEADLINE_S,
-                limiter=self._threads.limit_writes,
-            )
-        except (NoRoom, DeadlinePassed):
-            self.return_room()
-            return False
         # Room that was given up while the write was under way has been undone by a raise.
-        return not inflation.given_up
-
-    def _shrink(self, limit_bytes: int, token: trio.lowlevel.TrioToken) -> None:
-        """The limit write, in a thread that may outlive its attempt, and even this session."""
-        if not self._guest.shrinking.acquire(blocking=False):
-            raise NoRoom("an earlier limit write of this guest is still under way")
-        try:
-            self._guest.live_quota.make_room(limit_bytes)
-        finally:
-            self._guest.shrinking.release()
-            with suppress(trio.RunFinishedError):
-                token.run_sync_soon(self._end_shrink)
-
-    def _end_shrink(self) -> None:
-        """A limit write has ended, perhaps too late: what the books say is in force."""
-        self._put_limit_right()
+        return await self._room.make(pages) and not inflation.given_up
 
     # Reports and drops, in order
 
@@ -468,27 +412,7 @@ class GuestSession:
 
     def return_room(self) -> None:
         """Give room that was made and not used back to the workload."""
-        name = self._guest.name
-        pages = self._ledger.close_room(name)
-        if not self._put_limit_right() and pages:
-            # The kernel still holds the workload down: the books must not say otherwise.
-            self._ledger.make_room(name, pages)
-
-    def _put_limit_right(self) -> bool:
-        """Raise the workload's limit to what the books say. False if that failed.
-
-        Also where no room was open: after a write that ended late, or one of an agent before this.
-        """
-        name = self._guest.name
-        if name not in self._ledger or self._guest.quota is None:
-            return True  # it was removed meanwhile
-        limit_bytes = bytes_of(self._ledger.view(name).workload_pages)
-        try:
-            self._guest.quota.raise_workload(limit_bytes)
-        except QuotaError as error:
-            self._note("quota", str(error))
-            return False
-        return True
+        self._room.give_back()
 
     async def _watch_progress(self) -> None:
         while True:

@@ -12,7 +12,9 @@ from host_agent import blocking
 from host_agent.audit.errors import ProcessGone
 from host_agent.guest import Guest
 from host_agent.intake import session as session_module
-from host_agent.intake.session import GuestAtFault, GuestLied, GuestSession, GuestStuck
+from host_agent.intake.faults import GuestAtFault, GuestLied, GuestStuck
+from host_agent.intake.room import ROOM_DEADLINE_S
+from host_agent.intake.session import GuestSession
 from host_agent.quota.errors import LimitRefused, NoRoom, QuotaError
 from protocol.errors import ChannelBroken
 from protocol.messages import (
@@ -507,7 +509,7 @@ def test_a_limit_write_without_end_is_given_up(run: Run, monkeypatch: pytest.Mon
         slow = SlowRoom(monkeypatch, rig.quota(guest), looks_late=True)
         await offer(line, guest, STEP)
         await trio.testing.wait_all_tasks_blocked(0.01)
-        clock.jump(session_module.ROOM_DEADLINE_S + 0.1)
+        clock.jump(ROOM_DEADLINE_S + 0.1)
         await line.hear(Decline)
         # One write at a time: the next attempt finds the first still in the kernel.
         await offer(line, guest, STEP)
