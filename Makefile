@@ -12,7 +12,9 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 VM_ARGS ?=
 # What depends on the cgroup version. Of the tests that need version 1 each says so itself.
-VM_TESTS ?= tests/host_agent/quota
+VM_TESTS ?= tests/host_agent/quota tests/host_agent/audit tests/host_agent/machines \
+    tests/host_agent/test_watchdog.py tests/host_agent/test_doctor.py \
+    tests/guest_driver/test_vitals.py tests/scenarios
 
 help:
 	@echo 'make demo    see memory move between mock VMs (as root)'

@@ -40,6 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runner.add_argument("--memory-mib", type=int, default=2048)
     runner.add_argument("--cpus", type=int, default=2)
     runner.add_argument("--accel", choices=ACCELERATORS, default=None, help="else what works here")
+    runner.add_argument(
+        "--own-clock",
+        action="store_true",
+        help="emulated, one processor: time passes with its instructions, deadlines hold",
+    )
     runner.add_argument("--env", action="append", default=[], metavar="NAME=VALUE")
     runner.add_argument("--console", type=Path, help="keep the kernel's messages in this file")
     runner.add_argument("argv", nargs="+", metavar="COMMAND")
@@ -54,11 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "build":
             print(built.directory)
             return 0
-        accelerator = options.accel or default_accelerator(built)
+        own_clock = options.own_clock
+        accelerator = options.accel or ("tcg" if own_clock else default_accelerator(built))
         machine = Machine(
-            cpus=options.cpus,
+            cpus=1 if own_clock else options.cpus,
             memory_mib=options.memory_mib,
             accelerator=accelerator,
+            own_clock=own_clock,
             console=options.console,
         )
         return run(built, machine, options.argv, options.env, options.timeout_s)

@@ -39,6 +39,9 @@ class Machine:
     cpus: int
     memory_mib: int
     accelerator: str
+    own_clock: bool
+    """Time in the VM passes with its instructions, 1 ns each: see _accelerator."""
+
     console: Path | None
 
 
@@ -76,7 +79,8 @@ def _initrd(image: Image, machine: Machine, argv: Sequence[str], env: Sequence[s
     initrd.add("bin/busybox", Path(tool("busybox")).read_bytes(), 0o755)
     for order, module in enumerate(module_files(image.modules)):
         initrd.add(f"modules/{order:02}-{module.name}", module.read_bytes())
-    slow = ["MEMBALLOON_SLOW_MACHINE=1"] if machine.accelerator == "tcg" else []
+    is_slow = machine.accelerator == "tcg" and not machine.own_clock
+    slow = ["MEMBALLOON_SLOW_MACHINE=1"] if is_slow else []
     exports = [f"export {shlex.quote(entry)}" for entry in ("MEMBALLOON_IN_VM=1", *slow, *env)]
     command = "\n".join([*exports, f"exec {shlex.join(argv)}", ""])
     initrd.add("command", command.encode())
@@ -93,11 +97,9 @@ def _qemu(image: Image, machine: Machine, initrd: Path, scratch: Path, console: 
             *("-device", f"virtserialport,chardev={name},name={name}"),
         )
     ]
-    tcg = machine.accelerator == "tcg"
     return [
         *(tool("setpriv"), "--pdeathsig", "KILL", tool("qemu-system-x86_64")),
-        *("-accel", "tcg,thread=multi,tb-size=512" if tcg else "kvm"),
-        *("-cpu", TCG_CPU if tcg else "host"),
+        *_accelerator(machine),
         *("-smp", str(machine.cpus), "-m", f"{machine.memory_mib}M"),
         *("-nodefaults", "-no-user-config", "-no-reboot", "-nic", "none", "-display", "none"),
         *("-serial", f"file:{console}"),
@@ -106,6 +108,20 @@ def _qemu(image: Image, machine: Machine, initrd: Path, scratch: Path, console: 
         *("-drive", f"file={image.disk},format=raw,if=virtio,snapshot=on,cache=unsafe"),
         *("-device", "virtio-serial-pci", *ports),
     ]
+
+
+def _accelerator(machine: Machine) -> tuple[str, ...]:
+    """KVM; or TCG with the host's clock; or TCG with its own.
+
+    By the host's clock an emulated machine is ten times slower than any real one, and misses every
+    deadline that is meant for those. By its own it is an ordinary machine that takes longer to run;
+    it has one processor, as Linux doesn't get a second one started under -icount.
+    """
+    if machine.accelerator == "kvm":
+        return "-accel", "kvm", "-cpu", "host"
+    if machine.own_clock:
+        return "-accel", "tcg,thread=single,tb-size=512", "-cpu", TCG_CPU, "-icount", "shift=0"
+    return "-accel", "tcg,thread=multi,tb-size=512", "-cpu", TCG_CPU
 
 
 def _listen(path: Path, stack: ExitStack) -> socket.socket:

@@ -111,6 +111,14 @@ def test_arguments_and_environment_arrive_as_they_are(bed: Bed) -> None:
     assert (status, output) == (0, f"y  z'\n{argument}\n")
 
 
+def test_by_its_own_clock_an_emulated_machine_is_not_slow(bed: Bed) -> None:
+    """The same work takes the same time as on any machine, however long it takes outside."""
+    work = "import time; t = time.monotonic(); sum(range(10**7)); print(time.monotonic() - t)"
+    status, output, errors = bed.run("--own-clock", "--", "python", "-S", "-c", work)
+    assert status == 0, errors
+    assert float(output) < 2.0
+
+
 def test_a_signal_shows_in_the_status(bed: Bed) -> None:
     status, _, _ = bed.run("--", "sh", "-c", "kill -KILL $$")
     assert status == 128 + signal.SIGKILL
