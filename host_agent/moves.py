@@ -108,6 +108,8 @@ class MoveBook:
     def _debit(self, taker: str, drawn: Iterable[tuple[str, int]], now_s: float) -> None:
         wish = self._wishes.setdefault(taker, _Wish(now_s, {}))
         for giver, pages in drawn:
+            if giver == taker:
+                continue  # it has its own back: nothing moved
             before, _ = wish.parts.get(giver, (0, now_s))
             wish.parts[giver] = (before + pages, now_s)
 

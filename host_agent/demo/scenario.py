@@ -65,17 +65,17 @@ class Scenario:
 
     @classmethod
     def small(cls) -> Self:
-        """The same with four VMs of 128 MiB, for a test or a quick look."""
+        """The same with four VMs of 144 MiB, for a test or a quick look."""
         return cls(
-            pool_bytes=408 * MIB,
+            pool_bytes=476 * MIB,
             reserve_bytes=20 * MIB,
             vms=4,
-            assigned_bytes=128 * MIB,
-            reservation_bytes=72 * MIB,
-            startup_bytes=72 * MIB,
+            assigned_bytes=144 * MIB,
+            reservation_bytes=64 * MIB,
+            startup_bytes=76 * MIB,
             calm=Appetite(24 * MIB, 20 * MIB),
-            grown=Appetite(50 * MIB, 50 * MIB),
-            crowded=Appetite(40 * MIB, 60 * MIB),
+            grown=Appetite(60 * MIB, 60 * MIB),
+            crowded=Appetite(40 * MIB, 70 * MIB),
         )
 
 

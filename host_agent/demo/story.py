@@ -129,9 +129,11 @@ class Story:
             if not shortage:
                 failures.append("the shortage was not said any more when all had settled")
             failures.extend(self._unfair())
+            there_is = self._scenario.pool_bytes - self._scenario.reserve_bytes
             return (
-                f"{self._quotas_by_shares()}; short of {mib(shortage)}, "
-                f"shares and reservations decided"
+                f"{self._quotas_by_shares()}; {mib(wanted - there_is)} less than was asked for, "
+                f"{mib(shortage)} less than the guests' own estimates: shares and reservations "
+                f"decided"
             )
 
         return await self._act("c. Everybody wants more at once", asked, play, failures)
@@ -254,9 +256,11 @@ class Story:
         return max(stalls, key=lambda stall: stall.seconds, default=None)
 
     def _unfair(self) -> list[str]:
-        """Who has markedly less than somebody with fewer shares."""
+        """Who has markedly less than somebody with fewer shares; and whether shares told at all."""
         found = []
-        vms = self._agent.vms()
+        vms = sorted(self._agent.vms(), key=lambda vm: vm.shares)
+        if vms[-1].quota_bytes < vms[0].quota_bytes + STEADY_BYTES:
+            found.append(f"{vms[-1].name} has no more than {vms[0].name}, for all its shares")
         for rich in vms:
             for poor in vms:
                 less = rich.quota_bytes < poor.quota_bytes - STEADY_BYTES

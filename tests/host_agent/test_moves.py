@@ -104,6 +104,7 @@ def test_only_the_latest_are_kept() -> None:
     )
 )
 def test_every_page_is_in_one_move(events: list[tuple[str, str, int]]) -> None:
+    """But for those that came back to whom they came from: those did not move."""
     book = MoveBook()
     free: deque[str] = deque()  # page by page, by who gave it
     drawn: Counter[str] = Counter()
@@ -117,10 +118,22 @@ def test_every_page_is_in_one_move(events: list[tuple[str, str, int]]) -> None:
             case "repay":
                 book.repaid(pages, 1.0)
         if kind != "credit":
-            drawn.update(free.popleft() if free else FREE_POOL for _ in range(pages))
+            givers = [free.popleft() if free else FREE_POOL for _ in range(pages)]
+            taker = name if kind == "grant" else HOST_RESERVE
+            drawn.update(giver for giver in givers if giver != taker)
     for name in "abc":
         book.fulfilled(name)
     given_by: Counter[str] = Counter()
     for move in book.moves:
         given_by[move.giver] += move.pages
     assert given_by == drawn
+
+
+def test_having_its_own_back_is_no_move() -> None:
+    book = MoveBook()
+    book.wished("a", 1.0)
+    book.credited("a", 10)
+    book.credited("b", 5)
+    book.granted("a", 15, 2.0)
+    assert [(move.giver, move.pages) for move in book.fulfilled("a")] == [("b", 5)]
+    assert book.moves_total == 1
