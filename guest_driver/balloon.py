@@ -169,7 +169,9 @@ def spare(
         if estimate.is_refaulting:
             detail += ": evicted page cache is being read again"
     margin = max(MARGIN_MIN_BYTES, MARGIN_SHARE * quota_bytes)
-    return Spare(max(0, math.floor(quota_bytes - kept_bytes - margin)), reason, detail)
+    # The wall moves down with the limit: what lies between them is no use to anybody.
+    usable_bytes = quota_bytes if memory.wall_bytes is None else min(quota_bytes, memory.wall_bytes)
+    return Spare(max(0, math.floor(usable_bytes - kept_bytes - margin)), reason, detail)
 
 
 def _trouble(memory: GuestMemory, estimate: DemandEstimate, urgency: Urgency) -> Spare | None:

@@ -41,6 +41,7 @@ _V1_FILES: Final = {
 }
 _V2_FILES: Final = {
     "limit": "memory.max",
+    "wall": "memory.high",
     "usage": "memory.current",
     "stat": "memory.stat",
     "events": "memory.events",
@@ -93,12 +94,15 @@ _V2_KERNEL_PARTS: Final = (b"kernel_stack", b"pagetables", b"percpu", b"slab")
 class GuestMemory:
     """One look at the workload's memory. Bytes; None means that the kernel does not tell.
 
-    `limit_bytes` is None also where no limit is set. `file_bytes` contains `shmem_bytes` (as the
+    `limit_bytes` is None also where no limit is set. `wall_bytes` is where the kernel begins to
+    reclaim and to slow the guest, below its limit; None on v1, which has no such thing.
+    `file_bytes` contains `shmem_bytes` (as the
     kernel counts it), which only swap could free; the `*_file_bytes` of the LRU lists don't.
     Totals count since the cgroup was made. Pressures are percentages of the last 10 s.
     """
 
     limit_bytes: int | None = None
+    wall_bytes: int | None = None
     usage_bytes: int | None = None
     anon_bytes: int | None = None
     shmem_bytes: int | None = None
@@ -255,6 +259,7 @@ class VitalsReader:
             swap_free_bytes = min(swap_free_bytes, swap_room_bytes)
         return GuestMemory(
             limit_bytes=_limit(self._text("limit")),
+            wall_bytes=_limit(self._text("wall")),
             usage_bytes=usage_bytes,
             anon_bytes=_value(stat, names["anon"]),
             shmem_bytes=_value(stat, names["shmem"]),

@@ -78,6 +78,15 @@ def test_calm_gives_what_is_beyond_demand() -> None:
     assert decision.detail == "116 MiB of 256 MiB is needed"
 
 
+@pytest.mark.parametrize("urgency", Urgency)
+def test_what_lies_above_the_wall_can_not_be_given(urgency: Urgency) -> None:
+    def spare_bytes(wall_bytes: int | None) -> int:
+        memory = dataclasses.replace(MEMORY, wall_bytes=wall_bytes)
+        return spare(memory, _estimate(memory), 0, ASSIGNED, urgency).spare_bytes
+
+    assert spare_bytes(None) == spare_bytes(256 * MIB) == spare_bytes(248 * MIB) + 8 * MIB
+
+
 def test_short_gives_active_cache_too_down_to_the_cache_floor() -> None:
     decision = _decide(MEMORY, 200, SHORT)
     # The guest's floor comes first here...

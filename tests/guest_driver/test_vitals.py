@@ -137,6 +137,15 @@ def test_no_limit_is_none(tmp_path: Path) -> None:
     assert _read(tmp_path).limit_bytes is None
 
 
+def test_the_wall_below_the_limit(tmp_path: Path) -> None:
+    _write(tmp_path / "v2" / "workload", _v2_files() | {"memory.high": "max\n"})
+    assert _read(tmp_path / "v2").wall_bytes is None
+    _write(tmp_path / "v2" / "workload", _v2_files() | {"memory.high": f"{96 * MIB}\n"})
+    assert _read(tmp_path / "v2").wall_bytes == 96 * MIB
+    _write(tmp_path / "workload", _v1_files())
+    assert _read(tmp_path).wall_bytes is None
+
+
 def test_swap_free_is_bounded_by_the_guests_own_limit(tmp_path: Path) -> None:
     _write(tmp_path / "workload", _v1_files())
     assert _read(tmp_path, SWAPS).swap_free_bytes == 2024 * KIB  # the areas' own
