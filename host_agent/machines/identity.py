@@ -4,6 +4,7 @@ A pid alone may be another process's by the time it is used. A pidfd never is: i
 the start time tells whether it is the right process, and from then on everything goes through it.
 """
 
+import errno
 import os
 import signal
 from pathlib import Path
@@ -39,10 +40,18 @@ class ProcessHandle:
 
     @classmethod
     def find(cls, pid: int, start_ticks: int) -> Self | None:
-        """The process that had `pid` and started at `start_ticks`; None if it has ended."""
+        """The process that had `pid` and started at `start_ticks`; None if it has ended.
+
+        None as well for a number that no process can have: a state file may hold any.
+        """
         try:
             handle = cls.of(pid)
         except ProcessLookupError:
+            return None
+        except (OSError, OverflowError) as error:
+            # EINVAL: not above 0, or a thread that leads no process.
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:
+                raise
             return None
         if handle.start_ticks != start_ticks or not handle.is_alive():
             handle.close()

@@ -73,8 +73,8 @@ class ProcessMachine:
             "socket_dir": str(socket_dir),
             "init_pid": init.pid,
             "init_start_ticks": init.start_ticks,
-            "supervisor_pid": supervisor.pid if supervisor else 0,
-            "supervisor_start_ticks": supervisor.start_ticks if supervisor else 0,
+            "supervisor_pid": supervisor.pid if supervisor else None,
+            "supervisor_start_ticks": supervisor.start_ticks if supervisor else None,
         }
 
     @property
@@ -165,7 +165,10 @@ class ProcessBackend:
         try:
             name, socket_dir = str(state["name"]), Path(state["socket_dir"])
             init_pid, init_ticks = int(state["init_pid"]), int(state["init_start_ticks"])
-            supervisor = int(state["supervisor_pid"]), int(state["supervisor_start_ticks"])
+            known: tuple[int, int] | None = None
+            # An earlier agent had already found it dead where there is none.
+            if state["supervisor_pid"] is not None:
+                known = int(state["supervisor_pid"]), int(state["supervisor_start_ticks"])
             boot = str(state["boot_id"])
         except (KeyError, TypeError, ValueError) as error:
             raise MachineError(f"the state of a mock VM makes no sense: {error!r}") from error
@@ -174,7 +177,8 @@ class ProcessBackend:
         init = ProcessHandle.find(init_pid, init_ticks)
         if init is None:
             return None
-        return ProcessMachine(name, socket_dir, init, ProcessHandle.find(*supervisor), None)
+        supervisor = None if known is None else ProcessHandle.find(*known)
+        return ProcessMachine(name, socket_dir, init, supervisor, None)
 
     def _start(self, spec: MachineSpec) -> subprocess.Popen[bytes]:
         """Write the VM's files and start its supervisor, with pipes to speak with setup."""

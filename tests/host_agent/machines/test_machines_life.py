@@ -16,6 +16,7 @@ import trio.testing
 from machine_rig import MachineRig, until
 
 from host_agent.machines.base import ExitStatus, MachineError
+from host_agent.machines.identity import ProcessHandle
 from host_agent.machines.process import ProcessBackend
 
 pytestmark = pytest.mark.effects
@@ -305,6 +306,34 @@ def test_a_killed_supervisor_is_no_end_and_leaves_the_status_unknown(rig: Machin
         assert "unknown" in str(status)
 
     trio.run(main)
+
+
+def test_a_machine_without_supervisor_is_adopted_again_and_again(rig: MachineRig) -> None:
+    async def main() -> None:
+        machine = await rig.backend.launch(rig.spec("sleep", "60"))
+        supervisor = ProcessHandle.of(machine.state["supervisor_pid"])
+        supervisor.send(signal.SIGKILL)
+        await supervisor.wait_ended()
+        supervisor.close()
+        state = machine.state
+        for _ in range(3):
+            found = await rig.backend.adopt(json.loads(json.dumps(state)))
+            assert found is not None
+            state = found.state
+            assert state["supervisor_pid"] is None
+        # Written by earlier versions for a supervisor that was gone.
+        zero = {"supervisor_pid": 0, "supervisor_start_ticks": 0}
+        found = await rig.backend.adopt(state | zero)
+        assert found is not None
+        assert (await found.stop(5)).code is None
+        await machine.wait_exited()
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize("pid", [0, -1, 1 << 40])
+def test_a_number_that_is_no_pid_is_no_process(pid: int) -> None:
+    assert ProcessHandle.find(pid, 0) is None
 
 
 def test_two_machines_live_side_by_side(rig: MachineRig) -> None:
