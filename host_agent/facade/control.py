@@ -2,7 +2,7 @@
 
     GET    /v1/host                the pool
     GET    /v1/vms                 all mock VMs
-    POST   /v1/vms                 launch one (VmSpec), 201
+    POST   /v1/vms                 launch one (VmSpec), 201; undone if the client goes away before
     GET    /v1/vms/{name}          one
     PATCH  /v1/vms/{name}          change it (VmChange)
     DELETE /v1/vms/{name}          stop it, 204
@@ -14,10 +14,12 @@ No route decides anything: the agent behind AgentPort does.
 """
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from http import HTTPStatus
 from importlib.metadata import version
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
+import trio
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -35,6 +37,8 @@ from host_agent.errors import (
 )
 from host_agent.facade.port import AgentPort, HostView, VitalsView, VmChange, VmSpec, VmView
 from host_agent.validation import one_line
+
+T = TypeVar("T")
 
 STATUSES: Final[tuple[tuple[type[AgentError], HTTPStatus], ...]] = (
     (NoSuchVm, HTTPStatus.NOT_FOUND),
@@ -83,8 +87,11 @@ def _add_routes(app: FastAPI, agent: AgentPort) -> None:
         return agent.vms()
 
     @app.post("/v1/vms", status_code=HTTPStatus.CREATED)
-    async def launch(spec: VmSpec) -> VmView:
-        return await agent.launch(spec)
+    async def launch(spec: VmSpec, request: Request) -> VmView:
+        launched = await _unless_gone(request, partial(agent.launch, spec))
+        if launched is None:
+            raise AgentError(f"{spec.name}: whoever asked for it has gone away")  # nobody reads it
+        return launched
 
     @app.get("/v1/vms/{name}")
     async def vm(name: str) -> VmView:
@@ -101,6 +108,32 @@ def _add_routes(app: FastAPI, agent: AgentPort) -> None:
     @app.get("/v1/vms/{name}/vitals")
     async def vitals(name: str) -> VitalsView | None:
         return agent.vitals(name)
+
+
+async def _unless_gone(request: Request, work: Callable[[], Awaitable[T]]) -> T | None:
+    """The result of `work`; it is cancelled, and None returned, if the client goes away before.
+
+    A command that is interrupted closes its connection: what it waited for is not wanted any more.
+    """
+    result: T | None = None
+    failure: Exception | None = None
+
+    async def watch(scope: trio.CancelScope) -> None:
+        # The body was read already: what comes next is the end of the connection.
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch, nursery.cancel_scope)
+        try:
+            result = await work()
+        except Exception as error:
+            failure = error  # raised below, outside of the nursery: alone, not in a group
+        nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+    return result
 
 
 def _add_problems(app: FastAPI) -> None:

@@ -26,12 +26,17 @@ class NumbersAgent:
         self.changes: list[tuple[str, VmChange]] = []
         self.hold: trio.Event | None = None
         self.held = threading.Event()
+        self.cancelled = threading.Event()
         self.defect: Exception | None = None
 
     async def launch(self, spec: VmSpec) -> VmView:
         if self.hold is not None:
             self.held.set()
-            await self.hold.wait()
+            try:
+                await self.hold.wait()
+            except trio.Cancelled:
+                self.cancelled.set()
+                raise
         if self.defect is not None:
             raise self.defect
         if spec.name in self.views:

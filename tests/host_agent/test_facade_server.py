@@ -156,3 +156,21 @@ def test_a_request_that_never_ends_does_not_keep_the_server(
     assert not path.exists()
     assert [type(error) for error in refused] == [AgentError]
     assert "went away" in str(refused[0]) or "HTTP status" in str(refused[0])
+
+
+def test_a_launch_ends_with_the_client_that_asked_for_it(path: Path) -> None:
+    agent = NumbersAgent()
+    agent.hold = trio.Event()
+    body = spec("unwanted").model_dump_json().encode()
+    head = b"POST /v1/vms HTTP/1.1\r\nHost: agent\r\nContent-Type: application/json\r\n"
+    with served(agent, path) as loop:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+            client.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            assert agent.held.wait(20)
+            assert not agent.cancelled.wait(0.2)
+        assert agent.cancelled.wait(20)
+        loop.soon(agent.hold.set)
+        with AgentClient(path) as other:
+            assert other.vms() == []
+            assert other.launch(spec("wanted")).name == "wanted"
