@@ -157,7 +157,7 @@ class Agent:
                 f"{spec.name}: a guest with 2 MiB frames has a whole number of them",
                 what_to_do="choose a memory size that is a multiple of 2MiB",
             )
-        check_promise(self.ledger, spec.name, spec.reservation_bytes)
+        check_promise(self.ledger, self.balancer.guests, spec.name, spec.reservation_bytes)
         self.ledger.admit(
             spec.name,
             pages_of(spec.assigned_bytes),
@@ -250,7 +250,8 @@ class Agent:
         if change.reservation_bytes is not None:
             if change.reservation_bytes > guest.spec.assigned_bytes:
                 raise BadRequest(f"{name}: the reservation exceeds the assigned size")
-            check_promise(self.ledger, name, change.reservation_bytes)
+            guests, wanted = self.balancer.guests, change.reservation_bytes
+            check_promise(self.ledger, guests, name, wanted, pinned)
         try:
             if change.reservation_bytes is not None:
                 self.ledger.set_reservation(name, pages_of(change.reservation_bytes))
