@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from host_agent.commands.options import agent_at, run_dir_option
-from host_agent.errors import BadRequest, UserError
+from host_agent.errors import AgentError, AgentNotRunning, BadRequest, UserError
 
 
 @click.command()
@@ -13,18 +13,27 @@ from host_agent.errors import BadRequest, UserError
 @click.option("--all", "everyone", is_flag=True, help="Stop all of them.")
 @run_dir_option
 def stop(names: tuple[str, ...], everyone: bool, run_dir: Path) -> None:
-    """Stop mock VMs."""
+    """Stop mock VMs.
+
+    What could not be done is told line by line; the exit status is 2 if you can set all of it
+    right, else 1.
+    """
     if everyone == bool(names):
         raise BadRequest("give the names of VMs to stop, or --all")
-    refused: list[UserError] = []
+    errors: list[AgentError] = []
     with agent_at(run_dir) as agent:
         for name in [vm.name for vm in agent.vms()] if everyone else names:
-            # One wrong name doesn't save the others.
+            # One wrong name, or one VM that won't go, doesn't save the others.
             try:
                 agent.stop(name)
-            except UserError as error:
-                refused.append(error)
+            except AgentError as error:
+                errors.append(error)
+                if isinstance(error, AgentNotRunning):
+                    break
             else:
                 click.echo(f"{name}: stopped")
-    if refused:
-        raise refused[0]
+    for error in errors:
+        click.echo(f"balloon: {error.one_line()}", err=True)
+    if errors:
+        by_user = all(isinstance(error, UserError) for error in errors)
+        click.get_current_context().exit(UserError.exit_code if by_user else AgentError.exit_code)

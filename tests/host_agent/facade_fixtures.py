@@ -9,9 +9,17 @@ from pathlib import Path
 
 import trio
 
-from host_agent.errors import BadRequest, NoSuchVm, NotEnoughMemory, VmExists
+from host_agent.errors import AgentError, BadRequest, NoSuchVm, NotEnoughMemory, VmExists
 from host_agent.facade.control import build_app
-from host_agent.facade.port import AgentPort, HostView, VitalsView, VmChange, VmSpec, VmView
+from host_agent.facade.port import (
+    AgentPort,
+    HostView,
+    VitalsView,
+    VmChange,
+    VmSpec,
+    VmState,
+    VmView,
+)
 from host_agent.facade.server import serve
 from protocol.units import MIB
 
@@ -28,6 +36,8 @@ class NumbersAgent:
         self.held = threading.Event()
         self.cancelled = threading.Event()
         self.defect: Exception | None = None
+        self.stuck: dict[str, AgentError] = {}
+        """VMs that can't be stopped, and what is said of them."""
 
     async def launch(self, spec: VmSpec) -> VmView:
         if self.hold is not None:
@@ -48,7 +58,7 @@ class NumbersAgent:
         self.specs[spec.name] = spec
         self.views[spec.name] = VmView(
             name=spec.name,
-            state="running",
+            state=VmState.RUNNING,
             backend="numbers",
             assigned_bytes=spec.assigned_bytes,
             reservation_bytes=spec.reservation_bytes,
@@ -64,7 +74,10 @@ class NumbersAgent:
         return self.views[spec.name]
 
     async def stop(self, name: str) -> None:
-        del self.views[self.vm(name).name]
+        view = self.vm(name)
+        if name in self.stuck:
+            raise self.stuck[name]
+        del self.views[view.name]
 
     async def change(self, name: str, change: VmChange) -> VmView:
         view = self.vm(name)

@@ -12,6 +12,8 @@ import pytest
 from facade_fixtures import NumbersAgent, served
 
 from host_agent.cli import COMMANDS, main
+from host_agent.facade.port import VmState
+from host_agent.errors import AgentError
 from protocol.units import MIB
 
 RUN = "from host_agent.cli import main; main()"
@@ -78,7 +80,11 @@ BAD_INPUT = [
     (["launch", "web1", "--memory", "3XB"], "'3XB' is not a size"),
     (["launch", "web1", "--memory", "-3"], "'-3' is negative"),
     (["launch", "web1", "--memory", "nan"], "'nan' is not a size"),
-    (["launch", "web1", "--memory", "160"], "--memory: this must be 8MiB or more"),
+    (["launch", "web1", "--memory", "160"], "less than a page of 4KiB: did you mean 160MiB?"),
+    (["launch", "web1", "--memory", "8192"], "--memory: this must be 8MiB or more"),
+    (["set", "web1", "--target", "0.5"], "less than a page of 4KiB: did you mean 0.5MiB?"),
+    (["set", "web1", "--quota", "128"], "less than a page of 4KiB: did you mean 128MiB?"),
+    (["set", "web1", "--reservation", "128"], "less than a page of 4KiB: did you mean 128MiB?"),
     (["launch", "Web1", "--memory", "1GiB"], "NAME: 'Web1' is not a name"),
     (["launch", "w", "--memory", "1GiB", "--shares", "0"], "--shares: "),
     (["launch", "w", "--memory", "1GiB", "--frames", "1GiB"], "--frames"),
@@ -192,7 +198,7 @@ def test_ps(run_dir: str) -> None:
 def test_a_table_in_a_pipe_is_not_folded(run_dir: str, agent: NumbersAgent) -> None:
     launch(run_dir, "a" * 32)
     agent.views["a" * 32] = agent.views["a" * 32].model_copy(
-        update={"pinned": True, "connected": False, "state": "uncooperative"}
+        update={"pinned": True, "connected": False, "state": VmState.UNCOOPERATIVE}
     )
     done = balloon("stats", "--run-dir", run_dir, COLUMNS="40")
     assert any("a" * 32 in line and "uncooperative" in line for line in done.stdout.splitlines())
@@ -243,6 +249,36 @@ def test_stop_ends_the_others_too(run_dir: str, agent: NumbersAgent) -> None:
     assert done.returncode == 2
     assert balloon("stop", "--all", "--run-dir", run_dir).stdout == "c: stopped\n"
     assert agent.views == {}
+
+
+def test_stop_tells_of_every_wrong_name(run_dir: str, agent: NumbersAgent) -> None:
+    done = balloon("stop", "x", "y", "--run-dir", run_dir)
+    assert done.stderr.splitlines() == [
+        "balloon: no VM named 'x': see `balloon ps`",
+        "balloon: no VM named 'y': see `balloon ps`",
+    ]
+    assert (done.returncode, done.stdout) == (2, "")
+
+
+def test_stop_goes_on_after_a_failure(run_dir: str, agent: NumbersAgent) -> None:
+    launch(run_dir, "a", "b", "c")
+    agent.stuck["a"] = AgentError("a could not be taken down", what_to_do="stop it again")
+    done = balloon("stop", "a", "nobody", "b", "--run-dir", run_dir)
+    assert done.stdout == "b: stopped\n"
+    assert done.stderr.splitlines() == [
+        "balloon: a could not be taken down: stop it again",
+        "balloon: no VM named 'nobody': see `balloon ps`",
+    ]
+    assert done.returncode == 1
+    done = balloon("stop", "--all", "--run-dir", run_dir)
+    assert (done.stdout, done.returncode) == ("c: stopped\n", 1)
+
+
+def test_stop_tells_once_that_nobody_answers(tmp_path: Path) -> None:
+    done = balloon("stop", "x", "y", "--run-dir", str(tmp_path))
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("balloon: no agent answers at ")
 
 
 def test_a_defect_of_the_agent_is_status_1(run_dir: str, agent: NumbersAgent) -> None:
