@@ -268,7 +268,13 @@ class Balancer:
         self.replan()
 
     def left(self, guest: Guest) -> None:
-        """The guest is gone from the kernel: strike it out of the books."""
+        """The guest is gone from the kernel: strike it out of the books, and free its name.
+
+        Does nothing for one that has left already, whoever has its name now.
+        """
+        if self.guests.get(guest.name) is not guest:
+            return
+        del self.guests[guest.name]
         if guest.name in self.ledger:
             reserve_before = self.ledger.reserve_left_pages
             pages = self.ledger.remove(guest.name)
@@ -276,8 +282,6 @@ class Balancer:
             repaid_pages = self.ledger.reserve_left_pages - reserve_before
             self.moves.repaid(repaid_pages, trio.current_time())
         self.moves.forget(guest.name)
-        if self.guests.get(guest.name) is guest:
-            del self.guests[guest.name]
         self.replan()
 
     def _frame_pages(self, guest: Guest) -> int:

@@ -221,8 +221,12 @@ class Hosting:
                 guest.ended.set()
                 return
         self.kills_of_the_gone += guest.oom_kills
+        try:
+            await trio.to_thread.run_sync(self._places.remove, guest.name)
+        except OSError as error:
+            LOG.error("%s: files of it are left: %s", guest.name, error)
+        # Last: from here on its name, and with it the paths of its files, can be a newcomer's.
         self._balancer.left(guest)
-        await trio.to_thread.run_sync(self._places.remove, guest.name)
         guest.ended.set()
 
     async def _remove_quota(self, quota: VmQuota) -> None:

@@ -539,6 +539,10 @@ def test_who_leaves_pays_its_debt_and_leaves_the_rest(run: Run) -> None:
         rig.check_agreement()
         rig.balancer.left(one)  # a second time does nothing
         assert two.name in rig.ledger
+        newcomer = rig.add("one", 200 * MIB, quota_bytes=20 * MIB)
+        rig.balancer.left(one)  # nor to somebody else of that name
+        assert rig.balancer.guests["one"] is newcomer
+        assert quota_of(rig, "one") == pages_of(20 * MIB)
 
     run(body)
 

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import trio
 import trio.lowlevel
-from scenario_rig import Rig, appetite, spec, touched, until, workload
+from scenario_rig import PATIENCE_S, Rig, appetite, spec, touched, until, workload
 
 from host_agent import agent as agent_module
 from host_agent.agent import Agent
-from host_agent.errors import BadRequest, NotEnoughMemory
+from host_agent.errors import BadRequest, NotEnoughMemory, VmExists
 from host_agent.guest import Phase
+from host_agent.hosting import Places
 from host_agent.quota.base import VmQuota
 from protocol.units import MIB
 
@@ -206,6 +207,35 @@ def test_a_command_that_exits_ends_its_vm(rig: Rig, caplog: pytest.LogCaptureFix
 
     with caplog.at_level(logging.INFO):
         rig.play(scenario)
+
+
+def test_a_name_is_free_when_its_files_are_gone(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    removing, go_on = threading.Event(), threading.Event()
+    remove = Places.remove
+
+    def remove_slowly(places: Places, name: str) -> None:
+        removing.set()
+        assert go_on.wait(PATIENCE_S)
+        remove(places, name)
+
+    async def scenario() -> None:
+        async with rig.agent() as agent:
+            await agent.launch(spec("a", 64))
+            monkeypatch.setattr(Places, "remove", remove_slowly)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(agent.stop, "a")
+                try:
+                    await until(removing.is_set, "the removal of its files")
+                    with pytest.raises(VmExists):
+                        await agent.launch(spec("a", 64))
+                finally:
+                    go_on.set()
+            assert nothing_of(rig, agent, "a") == []
+            await agent.launch(spec("a", 64))
+            assert agent.places.disk_dir("a").is_dir()
+            assert agent.vm("a").connected
+
+    rig.play(scenario)
 
 
 def test_stopping_one_that_does_not_want_to_end(rig: Rig) -> None:
