@@ -3,6 +3,7 @@
 import contextlib
 import secrets
 import sys
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from subprocess import PIPE
@@ -11,8 +12,10 @@ import trio
 
 from host_agent.agent import Agent
 from host_agent.errors import AgentError
+from host_agent.quota.cgroup_tree import remove_tree
 
 PLAIN_LOOP = Path(__file__).with_name("plain_loop.py")
+REMOVAL_DEADLINE_S = 10.0
 
 
 class Yardstick:
@@ -44,11 +47,14 @@ class Yardstick:
 
 @contextlib.asynccontextmanager
 async def yardstick(agent: Agent, size_bytes: int, frame_bytes: int) -> AsyncIterator[Yardstick]:
-    """A plain loop of this size and frame, in a cgroup beside the agent's."""
-    root = agent.quotas.root
-    cgroup = root.with_name(f"{root.name}-plain-{secrets.token_hex(4)}")
-    cgroup.mkdir()
+    """A plain loop of this size and frame, in a cgroup of its own.
+
+    It is below the agent's root, where the watchdog finds it if this process is killed; with
+    neither part of a VM in it nobody takes it for one.
+    """
+    cgroup = agent.quotas.root / f"plain-{secrets.token_hex(4)}"
     try:
+        cgroup.mkdir()
         procs = cgroup / "cgroup.procs"
         command = [sys.executable, str(PLAIN_LOOP), str(procs), str(size_bytes), str(frame_bytes)]
         process = await trio.lowlevel.open_process(command, stdin=PIPE, stdout=PIPE)
@@ -61,9 +67,8 @@ async def yardstick(agent: Agent, size_bytes: int, frame_bytes: int) -> AsyncIte
             with trio.CancelScope(shield=True):
                 await process.wait()
     finally:
-        with trio.CancelScope(shield=True), trio.move_on_after(10):
-            while cgroup.exists():
-                # Busy until the kernel has taken down the process that was killed.
-                with contextlib.suppress(OSError):
-                    cgroup.rmdir()
-                await trio.sleep(0.01)
+        # In a thread, as it waits for the kernel to have taken down what was killed.
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(
+                remove_tree, cgroup, time.monotonic() + REMOVAL_DEADLINE_S
+            )

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from host_agent.bench.run import SCALES, run_bench
+from host_agent.commands.interrupt import INTERRUPTED, unless_interrupted
 
 
 @click.command()
@@ -29,7 +30,10 @@ def bench(as_json: bool, scale: str) -> None:
     """
     logging.basicConfig(level=logging.ERROR, format="%(name)s: %(message)s")
     console = Console(stderr=as_json)
-    found = trio.run(run_bench, SCALES[scale](), partial(console.print, highlight=False))
+    progress = partial(console.print, highlight=False)
+    found = trio.run(unless_interrupted, partial(run_bench, SCALES[scale](), progress), progress)
+    if found is None:
+        sys.exit(INTERRUPTED)
     if as_json:
         click.echo(json.dumps(found, indent=1))
     else:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import signal
 import sys
 from functools import partial
 
@@ -12,14 +11,13 @@ from rich.console import Console
 from rich.live import Live
 
 from host_agent.agent import Agent
+from host_agent.commands.interrupt import INTERRUPTED, unless_interrupted
 from host_agent.demo.outcome import Outcome
 from host_agent.demo.scenario import SCENARIOS, Scenario
 from host_agent.demo.screen import live_table, print_summary
 from host_agent.demo.story import play
 
 REFRESH_S = 0.25
-INTERRUPTED = 130
-"""Exit status of a command that Ctrl-C ended, as a shell gives it."""
 
 
 @click.command()
@@ -40,7 +38,10 @@ def demo(as_json: bool, scale: str) -> None:
     scenario = SCENARIOS[scale]()
     console = Console(stderr=as_json)
     logging.basicConfig(level=logging.ERROR, format="%(name)s: %(message)s")
-    outcome = trio.run(_with_signals, scenario, console, as_json)
+    live = console.is_terminal and not as_json
+    progress = partial(console.print, highlight=False)
+    work = partial(_play_live, scenario, console) if live else partial(play, scenario, progress)
+    outcome = trio.run(unless_interrupted, work, progress)
     if outcome is None:
         sys.exit(INTERRUPTED)
     if as_json:
@@ -48,26 +49,6 @@ def demo(as_json: bool, scale: str) -> None:
     else:
         print_summary(console, outcome)
     sys.exit(0 if outcome.holds else 1)
-
-
-async def _with_signals(scenario: Scenario, console: Console, as_json: bool) -> Outcome | None:
-    """The play, or None if it was interrupted; everything is removed either way."""
-    outcome: Outcome | None = None
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        async with trio.open_nursery() as nursery:
-
-            async def stop_on_signal() -> None:
-                async for _ in signals:
-                    console.print("interrupted: removing everything")
-                    nursery.cancel_scope.cancel()
-
-            nursery.start_soon(stop_on_signal)
-            if as_json or not console.is_terminal:
-                outcome = await play(scenario, partial(console.print, highlight=False))
-            else:
-                outcome = await _play_live(scenario, console)
-            nursery.cancel_scope.cancel()
-    return outcome
 
 
 async def _play_live(scenario: Scenario, console: Console) -> Outcome:
