@@ -15,6 +15,7 @@
 are refused by name. All refusals are a ConfigError of one line: source, place, key, reason.
 """
 
+import logging
 import re
 import tomllib
 from collections.abc import Mapping
@@ -32,9 +33,11 @@ from pydantic import (
 
 from host_agent.errors import ConfigError
 from host_agent.facade.port import MIN_ASSIGNED_BYTES, VmSpec, quarter_of
-from host_agent.sizes import SizeBytes, format_size_exactly
+from host_agent.sizes import SizeBytes, format_size, format_size_exactly
 from host_agent.validation import first_fault, reason_of
 from protocol.units import KIB, MIB, PAGE_BYTES
+
+LOG = logging.getLogger("memballoon.config")
 
 DEFAULT_RUN_DIR: Final = Path("/run/memballoon")
 DEFAULT_STATE_DIR: Final = Path("/var/lib/memballoon")
@@ -152,31 +155,59 @@ def control_socket_in(run_dir: Path) -> Path:
     return run_dir / "control.sock"
 
 
-def load_config(path: Path | None) -> Config:
+def load_config(path: Path | None, meminfo: str | None = None) -> Config:
     """The configuration in the file at `path`; None stands for an empty file.
 
+    `meminfo` is the text of /proc/meminfo, read if it is not given.
+
     Raises:
-        ConfigError: the file can't be read or used.
+        ConfigError: the file can't be read or used, or the machine has less memory than the pool.
     """
-    default_pool_bytes = default_pool(Path("/proc/meminfo").read_text(encoding="ascii"))
-    if path is None:
-        return parse_config("", "defaults", default_pool_bytes=default_pool_bytes)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not a text file in UTF-8") from error
-    return parse_config(text, str(path), default_pool_bytes=default_pool_bytes)
+    if meminfo is None:
+        meminfo = Path("/proc/meminfo").read_text(encoding="ascii")
+    source, text = "defaults", ""
+    if path is not None:
+        source = str(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{path}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path}: not a text file in UTF-8") from error
+    config = parse_config(text, source, default_pool_bytes=default_pool(meminfo))
+    _check_pool(config.host.pool_bytes, meminfo, source)
+    return config
+
+
+def _check_pool(pool_bytes: int, meminfo: str, source: str) -> None:
+    """Refuse a pool that is not there, warn of one that is in use."""
+    total_bytes = _memory(meminfo, "MemTotal")
+    available_bytes = _memory(meminfo, "MemAvailable")
+    pool = f"{source}: [host]: pool: {format_size(pool_bytes)}"
+    if total_bytes is not None and pool_bytes > total_bytes:
+        raise ConfigError(
+            f"{pool} is more than this machine's memory of {format_size(total_bytes)}",
+            what_to_do="give the pool less, or leave it out for 75 % of what is available",
+        )
+    if available_bytes is not None and pool_bytes > available_bytes:
+        # Not refused: VMs that the last agent left hold a part of the pool already.
+        LOG.warning("%s, but only %s are available now", pool, format_size(available_bytes))
 
 
 def default_pool(meminfo: str) -> int | None:
     """75 % of MemAvailable in the text of /proc/meminfo, in whole MiB; None if it isn't said."""
+    available_bytes = _memory(meminfo, "MemAvailable")
+    if available_bytes is None:
+        return None
+    return int(available_bytes * POOL_SHARE_OF_AVAILABLE) // MIB * MIB
+
+
+def _memory(meminfo: str, wanted: str) -> int | None:
+    """One line of /proc/meminfo in bytes; None if it isn't there."""
     for line in meminfo.splitlines():
         key, _, rest = line.partition(":")
-        if key == "MemAvailable":
-            available_bytes = int(rest.split()[0]) * KIB
-            return int(available_bytes * POOL_SHARE_OF_AVAILABLE) // MIB * MIB
+        if key == wanted:
+            return int(rest.split()[0]) * KIB
     return None
 
 

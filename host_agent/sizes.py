@@ -31,7 +31,8 @@ def parse_size(value: str | int) -> int:
     """Bytes meant by `value`: `512MiB`, `1.2GiB`, `160M`, `160MB`, `4096`; fractions round down.
 
     Raises:
-        ValueError: with one line that names the text; negative, malformed or above 16 TiB.
+        ValueError: with one line that names the text; negative, malformed, above 16 TiB, or more
+            than nothing but less than a page: that is a size with its unit forgotten.
     """
     if isinstance(value, bool) or not isinstance(value, str | int):
         # One type for whatever a file may hold: pydantic reports no TypeError.
@@ -55,6 +56,9 @@ def parse_size(value: str | int) -> int:
         number_bytes = int(form["number"])  # exact: ByteSize goes through a float
     if number_bytes > MAX_SIZE_BYTES:
         raise ValueError(f"{shown} is more than 16TiB")
+    if number_bytes < PAGE_BYTES and float(form["number"]):
+        meant = "" if form["unit"] else f": did you mean {form['number']}MiB?"
+        raise ValueError(f"{shown} is less than a page of 4KiB{meant}")
     return number_bytes
 
 

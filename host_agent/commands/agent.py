@@ -26,9 +26,9 @@ from host_agent.service import run_agent
 )
 def agent(config_path: Path | None, run_dir: Path | None) -> None:
     """Run the host agent."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     config = load_config(config_path)
     if run_dir is not None:
         host = config.host.model_copy(update={"run_dir": run_dir})
         config = config.model_copy(update={"host": host})
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     trio.run(run_agent, config)

@@ -12,8 +12,8 @@ import pytest
 from facade_fixtures import NumbersAgent, served
 
 from host_agent.cli import COMMANDS, main
-from host_agent.facade.port import VmState
 from host_agent.errors import AgentError
+from host_agent.facade.port import VmState
 from protocol.units import MIB
 
 RUN = "from host_agent.cli import main; main()"

@@ -82,7 +82,11 @@ REFUSALS = [
     ('[host]\npool = "many"', "[host]: pool: 'many' is not a size"),
     ("[host]\npool = nan", "[host]: pool: nan is not a size"),
     ("[host]\npool = -5", "[host]: pool: '-5' is negative"),
-    ("[host]\npool = 1200", "[host]: pool: this must be 8MiB or more"),
+    (
+        "[host]\npool = 1200",
+        "[host]: pool: '1200' is less than a page of 4KiB: did you mean 1200MiB?",
+    ),
+    ("[host]\npool = 8192", "[host]: pool: this must be 8MiB or more"),
     (HOST + 'reserve = "2GiB"', "[host]: the reserve of 2GiB leaves nothing of the pool"),
     (HOST + 'on_exit = "die"', "[host]: on_exit: input should be 'stop' or 'keep'"),
     (HOST + "interval_s = 0", "[host]: interval_s: "),
@@ -109,7 +113,9 @@ REFUSALS = [
     (HOST + vm(name="a" * 33), "is not a name"),
     (HOST + vm(name="a\\n"), "is not a name"),
     (HOST + vm(memory='"160Mbit"'), "vm 'web1': memory: '160Mbit' is not a size"),
-    (HOST + vm(memory="160"), "vm 'web1': memory: this must be 8MiB or more"),
+    (HOST + vm(memory="160"), "memory: '160' is less than a page of 4KiB: did you mean 160MiB?"),
+    (HOST + vm(memory="8192"), "vm 'web1': memory: this must be 8MiB or more"),
+    (HOST + vm("reservation = 40"), "reservation: '40' is less than a page of 4KiB: did you"),
     (HOST + vm(memory="1.5"), "vm 'web1': memory: 1.5 is not a size"),
     (
         HOST + vm('reservation = "161MiB"'),
@@ -205,10 +211,42 @@ def test_default_pool() -> None:
     assert default_pool("MemTotal: 9 kB\n") is None
 
 
+MEMINFO = "MemTotal: 4194304 kB\nMemFree: 9 kB\nMemAvailable: 2097152 kB\n"
+
+
+@pytest.mark.parametrize(
+    ("pool", "warned"), [("2048MiB", False), ("2049MiB", True), ("4096MiB", True)]
+)
+def test_a_pool_that_is_in_use_is_warned_of(
+    pool: str, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "balloon.toml"
+    path.write_text(f'[host]\npool = "{pool}"\n', encoding="utf-8")
+    assert load_config(path, MEMINFO).host.pool_bytes
+    assert ("only 2GiB are available now" in caplog.text) is warned
+
+
+@pytest.mark.parametrize("pool", ["4097MiB", "1000GiB"])
+def test_a_pool_that_the_machine_has_not_is_refused(pool: str, tmp_path: Path) -> None:
+    path = tmp_path / "balloon.toml"
+    path.write_text(f'[host]\npool = "{pool}"\n', encoding="utf-8")
+    with pytest.raises(
+        ConfigError, match=r"pool: .*GiB is more than this machine's memory of 4GiB"
+    ):
+        load_config(path, MEMINFO)
+
+
+def test_no_machine_has_the_whole_of_what_can_be_counted(tmp_path: Path) -> None:
+    path = tmp_path / "balloon.toml"
+    path.write_text('[host]\npool = "16TiB"\n', encoding="utf-8")
+    with pytest.raises(ConfigError, match="16TiB is more than this machine's memory"):
+        load_config(path)
+
+
 def test_a_file(tmp_path: Path) -> None:
     path = tmp_path / "balloon.toml"
     path.write_text(HOST, encoding="utf-8")
-    assert load_config(path).host.pool_bytes == 1200 * MIB
+    assert load_config(path, MEMINFO).host.pool_bytes == 1200 * MIB
     assert load_config(None).host.pool_bytes % MIB == 0
 
 

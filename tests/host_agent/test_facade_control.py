@@ -129,6 +129,7 @@ STATUSES = [
     ),
     ("PATCH", "/v1/vms/web1", {}, 422, "nothing to change"),
     ("PATCH", "/v1/vms/web1", {"target_bytes": 0, "quota_bytes": 0}, 422, "only one of"),
+    ("PATCH", "/v1/vms/web1", {"target_bytes": 128}, 422, "did you mean 128MiB?"),
     ("PATCH", "/v1/vms/web1", {"shares": 0}, 422, "shares: "),
     ("PATCH", "/v1/vms/web1", {"shares": True}, 422, "shares: "),
     ("PATCH", "/v1/vms/web1", [], 422, "JSON object"),

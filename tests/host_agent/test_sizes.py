@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from host_agent.sizes import MAX_SIZE_BYTES, format_size, format_size_exactly, parse_size
-from protocol.units import GIB, KIB, MIB
+from protocol.units import GIB, KIB, MIB, PAGE_BYTES
 
 TIB = 1024 * GIB
 
@@ -26,10 +26,13 @@ TIB = 1024 * GIB
         ("64k", 64 * KIB),
         ("160MB", 160_000_000),
         ("5kb", 5000),
-        ("12B", 12),
+        ("8192B", 8192),
+        ("0MiB", 0),
+        ("0.0", 0),
+        (0, 0),
         ("1.2GiB", int(1.2 * GIB)),
         (".5GiB", 512 * MIB),
-        ("0.0001KiB", 0),
+        ("4KiB", 4096),
         ("16TiB", MAX_SIZE_BYTES),
         ("17592186044416", MAX_SIZE_BYTES),
         ("00512MiB", 512 * MIB),
@@ -66,13 +69,35 @@ def test_more_than_the_channel_can_count(text: str | int) -> None:
     assert len(str(refusal.value)) < 100
 
 
-@given(st.integers(0, MAX_SIZE_BYTES))
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("128", "'128' is less than a page of 4KiB: did you mean 128MiB?"),
+        (128, "'128' is less than a page of 4KiB: did you mean 128MiB?"),
+        ("0.5", "'0.5' is less than a page of 4KiB: did you mean 0.5MiB?"),
+        ("4095", "'4095' is less than a page of 4KiB: did you mean 4095MiB?"),
+        (1, "'1' is less than a page of 4KiB: did you mean 1MiB?"),
+        ("12B", "'12B' is less than a page of 4KiB"),
+        ("0.0001KiB", "'0.0001KiB' is less than a page of 4KiB"),
+        ("3KiB", "'3KiB' is less than a page of 4KiB"),
+    ],
+)
+def test_a_forgotten_unit_is_not_nothing(text: str | int, said: str) -> None:
+    with pytest.raises(ValueError, match="less than a page") as refusal:
+        parse_size(text)
+    assert str(refusal.value) == said
+
+
+WRITTEN = st.just(0) | st.integers(PAGE_BYTES, MAX_SIZE_BYTES)
+
+
+@given(WRITTEN)
 def test_exact_form_is_read_back_exactly(size_bytes: int) -> None:
     assert parse_size(format_size_exactly(size_bytes)) == size_bytes
     assert parse_size(str(size_bytes)) == parse_size(size_bytes) == size_bytes
 
 
-@given(st.integers(0, MAX_SIZE_BYTES - GIB))
+@given(WRITTEN.filter(lambda size_bytes: size_bytes <= MAX_SIZE_BYTES - GIB))
 def test_short_form_is_read_back_within_its_decimal(size_bytes: int) -> None:
     text = format_size(size_bytes)
     assert len(text) <= 9
