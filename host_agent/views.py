@@ -1,10 +1,18 @@
 """What the control API shows of guests and host, made from the books and the runtime records."""
 
+from typing import Final
+
 from host_agent.balance import DRY_MEMORY_S, UNCOOPERATIVE_AFTER
-from host_agent.facade.port import VitalsView, VmView
+from host_agent.facade.port import VitalsView, VmState, VmView
 from host_agent.guest import Guest, Phase
 from host_agent.ledger.ledger import AccountView
 from protocol.units import bytes_of
+
+_BY_PHASE: Final = {
+    Phase.PENDING: VmState.WAITING,
+    Phase.STARTING: VmState.STARTING,
+    Phase.STOPPING: VmState.STOPPING,
+}
 
 
 def vm_view(guest: Guest, account: AccountView, backend: str, now_s: float) -> VmView:
@@ -42,16 +50,13 @@ def vitals_view(guest: Guest, now_s: float) -> VitalsView | None:
     return VitalsView.model_validate({**values, "age_s": now_s - guest.vitals_s})
 
 
-def _state(guest: Guest, now_s: float) -> str:
-    """One word for a table."""
-    if guest.phase in (Phase.PENDING, Phase.STARTING):
-        return "starting"
-    if guest.phase is Phase.STOPPING:
-        return "stopping"
+def _state(guest: Guest, now_s: float) -> VmState:
+    """One word for a table: what hinders most comes first."""
+    before_or_after = _BY_PHASE.get(guest.phase)
+    if before_or_after is not None:
+        return before_or_after
     if guest.dry or now_s - guest.dry_s < DRY_MEMORY_S:
-        return "dry"
+        return VmState.DRY
     if guest.stuck_times >= UNCOOPERATIVE_AFTER:
-        return "uncooperative"
-    if guest.stuck_times:
-        return "stuck"
-    return "running"
+        return VmState.UNCOOPERATIVE
+    return VmState.STUCK if guest.stuck_times else VmState.RUNNING

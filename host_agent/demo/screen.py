@@ -13,7 +13,7 @@ from host_agent.facade.port import HostView, VmView
 
 BAR_CHARS: Final = 40
 
-STATE_STYLES: Final = {"running": "green", "dry": "bold red", "starting": "yellow"}
+STATE_STYLES: Final = {"running": "green", "dry": "bold red"}
 
 
 def live_table(act: str, host: HostView, vms: Sequence[VmView]) -> RenderableType:

@@ -5,6 +5,7 @@ in bytes, absent is None. A request's value is valid once built: its rules are h
 else, so that the configuration file, the command line and the API refuse the same things.
 """
 
+from enum import StrEnum
 from typing import Annotated, Final, Literal, Protocol, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -121,16 +122,31 @@ class VmChange(_Value):
         return self
 
 
+class VmState(StrEnum):
+    """A mock VM in one word.
+
+    `waiting` waits for memory before it is made; `dry` has or just had no memory left in its
+    quota; `stuck` did not reach its target, `uncooperative` again and again.
+    """
+
+    WAITING = "waiting"
+    STARTING = "starting"
+    RUNNING = "running"
+    STUCK = "stuck"
+    UNCOOPERATIVE = "uncooperative"
+    DRY = "dry"
+    STOPPING = "stopping"
+
+
 class VmView(_Value):
     """A mock VM as the agent sees it now.
 
-    `state` is one word: starting, running, stuck, uncooperative, dry, stopping, stopped.
     `last_reason` is why its driver last gave less than the target; `pinned` means that an operator
     chose the target.
     """
 
     name: str
-    state: str
+    state: VmState
     backend: str
     assigned_bytes: int
     reservation_bytes: int

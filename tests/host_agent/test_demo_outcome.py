@@ -9,7 +9,7 @@ from rich.console import Console
 from host_agent.demo.outcome import Act, Outcome, Stall, describe_moves
 from host_agent.demo.scenario import SCENARIOS
 from host_agent.demo.screen import live_table, print_summary
-from host_agent.facade.port import HostView, VmView
+from host_agent.facade.port import HostView, VmState, VmView
 from host_agent.moves import Move
 from protocol.units import MIB
 
@@ -90,7 +90,7 @@ def test_a_scenario_overcommits_and_keeps_its_promises(name: str) -> None:
 def test_the_live_table_shows_everybody() -> None:
     vm = VmView(
         name="vm01",
-        state="running",
+        state=VmState.RUNNING,
         backend="process",
         assigned_bytes=160 * MIB,
         reservation_bytes=0,

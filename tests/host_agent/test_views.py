@@ -3,7 +3,7 @@
 import pytest
 
 from host_agent.balance import DRY_MEMORY_S, UNCOOPERATIVE_AFTER
-from host_agent.facade.port import VmSpec
+from host_agent.facade.port import VmSpec, VmState
 from host_agent.guest import BASE_OVERHEAD_BYTES, Guest, Phase
 from host_agent.ledger.ledger import Ledger
 from host_agent.views import vitals_view, vm_view
@@ -77,7 +77,7 @@ def test_every_vital_has_a_place(guest: Guest) -> None:
 @pytest.mark.parametrize(
     ("changes", "state"),
     [
-        ({"phase": Phase.PENDING}, "starting"),
+        ({"phase": Phase.PENDING}, "waiting"),
         ({"phase": Phase.STARTING, "dry": True}, "starting"),
         ({"phase": Phase.STOPPING, "stuck_times": 9}, "stopping"),
         ({}, "running"),
@@ -96,3 +96,11 @@ def test_the_state_is_one_word(
     for name, value in changes.items():
         setattr(guest, name, value)
     assert vm_view(guest, ledger.view("one"), "process", NOW_S).state == state
+
+
+def test_every_state_occurs() -> None:
+    """A word that no VM ever has is no word for a program to wait for."""
+    (shown,) = (
+        mark.args[1] for mark in getattr(test_the_state_is_one_word, "pytestmark", ()) if mark.args
+    )
+    assert {state for _, state in shown} == {str(state) for state in VmState}
