@@ -4,19 +4,22 @@ The kernel's limits and the guests' inventories are the truth; the state file te
 derived from them.
 """
 
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 
+import trio
+
 from host_agent.balance import Balancer
-from host_agent.blocking import Threads, run_blocking
+from host_agent.blocking import DeadlinePassed, Threads, run_blocking
 from host_agent.errors import ConfigError
-from host_agent.facade.port import VmSpec
 from host_agent.guest import Guest, Phase
 from host_agent.hosting import Places
 from host_agent.ledger.ledger import LedgerError
 from host_agent.machines.base import Machine, MachineBackend, MachineError
+from host_agent.machines.init_script import Workshop
 from host_agent.quota.base import QuotaBackend
-from host_agent.quota.errors import QuotaError
+from host_agent.quota.errors import QuotaError, VmGone
 from host_agent.state import AgentState, GuestState, StateError, load_state
 from protocol.units import bytes_of, pages_of
 
@@ -89,11 +92,7 @@ class Inheritance:
                     f"the VM {state.name} can't be taken over: {error}",
                     what_to_do="start with the configuration of before, or stop its processes",
                 ) from error
-        await run_blocking(
-            self._clear_leftovers,
-            timeout_s=CLEAR_DEADLINE_S,
-            limiter=self._threads.limit_writes,
-        )
+        await self._clear_leftovers({state.name for state in states})
 
     async def _adopt(self, guest: Guest, machine: Machine, host: Host) -> None:
         quota = self._quotas.open_existing(guest.name, guest.overhead_bytes)
@@ -118,29 +117,49 @@ class Inheritance:
         await host(guest, machine)
         LOG.info("%s was running and is taken over", guest.name)
 
-    def _clear_leftovers(self) -> None:
-        """Remove what a dead agent left of VMs that nobody knows any more."""
-        known = set(self._balancer.guests)
-        for name in set(self._quotas.names()) - known:
-            LOG.warning("%s was left by an agent that died: removed", name)
-            quota = self._quotas.open_existing(name, 0)
-            quota.kill_all()
-            quota.remove()
-        for name in self._places.names() - known:
+    async def _clear_leftovers(self, once_known: set[str]) -> None:
+        """Remove what a dead agent left of VMs that nobody knows any more.
+
+        A directory's place alone does not make it a VM's: files go where the state file or a
+        cgroup below this agent's root names the VM, or where its socket directory is there, which
+        this agent has made. Whatever else is found is somebody's own.
+        """
+        running = set(self._balancer.guests)
+        with_cgroups = set(self._quotas.names()) - running
+        with_files = self._places.names() - running
+        ours = once_known | with_cgroups | set(filter(self._has_workshop, with_files))
+        for name in sorted(with_files - ours):
+            LOG.warning("%s has files here but was no VM of this agent: left alone", name)
+        async with trio.open_nursery() as nursery:
+            for name in sorted(with_cgroups | (with_files & ours)):
+                nursery.start_soon(self._clear, name, name in with_cgroups)
+
+    def _has_workshop(self, name: str) -> bool:
+        return Workshop.of(self._places.socket_dir(name)).supervise_file.is_file()
+
+    async def _clear(self, name: str, has_cgroups: bool) -> None:
+        """Remove one; what can't be removed is said, and stays for the next agent."""
+
+        def clear() -> None:
+            if has_cgroups:
+                with contextlib.suppress(VmGone):  # it went by itself
+                    quota = self._quotas.open_existing(name, 0)
+                    quota.kill_all()
+                    quota.remove()
             self._places.remove(name)
+
+        try:
+            await run_blocking(
+                clear, timeout_s=CLEAR_DEADLINE_S, limiter=self._threads.limit_writes
+            )
+        except (QuotaError, DeadlinePassed, OSError, ValueError) as error:
+            LOG.warning("%s was left by an agent that died and stays: %s", name, error)
+        else:
+            LOG.warning("%s was left by an agent that died: removed", name)
 
 
 def _guest_of(state: GuestState) -> Guest:
-    spec = VmSpec(
-        name=state.name,
-        assigned_bytes=state.assigned_bytes,
-        reservation_bytes=state.reservation_bytes,
-        shares=state.shares,
-        startup_bytes=state.assigned_bytes,
-        frames="2MiB" if state.frame_order else "4KiB",
-        command=state.command,
-    )
-    guest = Guest(spec)
+    guest = Guest(state.spec)
     if state.pinned_bytes is not None:
         guest.pinned_pages = pages_of(state.pinned_bytes)
     return guest

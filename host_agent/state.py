@@ -7,9 +7,13 @@ returns, so a reader finds the old state or the new one, never a part.
 
 import os
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from host_agent.facade.port import VmSpec
+from host_agent.validation import one_line
+from protocol.units import HUGE_FRAME_ORDER, PAGE_BYTES
 
 STATE_FILE: Final = "state.json"
 STATE_VERSION: Final = 1
@@ -30,13 +34,39 @@ class GuestState(_Model):
     assigned_bytes: int
     reservation_bytes: int
     shares: int
-    overhead_bytes: int
+    overhead_bytes: int = Field(ge=0, multiple_of=PAGE_BYTES)
     frame_order: int
     command: tuple[str, ...]
     backend: str
     machine: dict[str, Any]
     """What the machine backend needs to find the VM again."""
-    pinned_bytes: int | None = None
+    pinned_bytes: int | None = Field(default=None, ge=0)
+
+    @property
+    def spec(self) -> VmSpec:
+        """The mock VM as it was asked for. What it started with matters no more."""
+        return VmSpec(
+            name=self.name,
+            assigned_bytes=self.assigned_bytes,
+            reservation_bytes=self.reservation_bytes,
+            shares=self.shares,
+            startup_bytes=self.assigned_bytes,
+            frames="2MiB" if self.frame_order == HUGE_FRAME_ORDER else "4KiB",
+            command=self.command,
+        )
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> Self:
+        """What no launch would take is damage here."""
+        try:
+            spec = self.spec
+        except ValidationError as error:
+            raise ValueError(one_line(error.errors())) from None
+        if self.frame_order != spec.frame_order:
+            raise ValueError(f"{self.name} has a frame_order of {self.frame_order}")
+        if self.pinned_bytes is not None and self.pinned_bytes > spec.assigned_bytes:
+            raise ValueError(f"{self.name} is pinned above its assigned size")
+        return self
 
 
 class AgentState(_Model):
@@ -44,6 +74,13 @@ class AgentState(_Model):
 
     version: Literal[1] = STATE_VERSION
     guests: tuple[GuestState, ...] = ()
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> Self:
+        names = [guest.name for guest in self.guests]
+        if len(set(names)) != len(names):
+            raise ValueError("two VMs have one name")
+        return self
 
 
 def load_state(state_dir: Path) -> AgentState:
@@ -57,7 +94,11 @@ def load_state(state_dir: Path) -> AgentState:
     except FileNotFoundError:
         return AgentState()
     except (OSError, ValidationError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is damaged"
+        reason = (
+            error.strerror
+            if isinstance(error, OSError)
+            else f"it is damaged: {one_line(error.errors())}"
+        )
         raise StateError(
             f"the state file {path} can't be read ({reason}): stop its VMs and remove it"
         ) from error

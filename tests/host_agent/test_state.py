@@ -1,5 +1,6 @@
 """The state file: what was saved is there, whole, or the one before is."""
 
+import json
 import os
 import stat
 from pathlib import Path
@@ -111,6 +112,42 @@ def test_a_damaged_file_is_said_so_in_one_line(tmp_path: Path, content: bytes) -
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
     assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "why"),
+    [
+        ("shares", 0, "shares"),
+        ("shares", "many", "shares"),
+        ("name", "../x", "is not a name"),
+        ("assigned_bytes", -4096, "assigned_bytes"),
+        ("reservation_bytes", 1 << 30, "above the assigned"),
+        ("overhead_bytes", 5, "overhead_bytes"),
+        ("frame_order", 3, "frame_order"),
+        ("pinned_bytes", 1 << 29, "pinned above its assigned size"),
+        ("command", ["a\0b"], "NUL"),
+    ],
+)
+def test_a_value_that_can_not_be_is_damage(
+    tmp_path: Path, key: str, value: object, why: str
+) -> None:
+    save_state(tmp_path, ONE)
+    path = tmp_path / STATE_FILE
+    content = json.loads(path.read_text())
+    content["guests"][0][key] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(StateError) as caught:
+        load_state(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert why in str(caught.value)
+
+
+def test_two_of_one_name_are_damage(tmp_path: Path) -> None:
+    guest = json.loads(GUEST.model_dump_json())
+    content = {"version": 1, "guests": [guest, guest]}
+    (tmp_path / STATE_FILE).write_text(json.dumps(content))
+    with pytest.raises(StateError, match="two VMs have one name"):
+        load_state(tmp_path)
 
 
 def test_a_file_that_is_none_is_said_so(tmp_path: Path) -> None:

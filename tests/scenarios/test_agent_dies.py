@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -10,9 +11,13 @@ from collections.abc import Callable
 import pytest
 from scenario_rig import Rig, appetite, spec, touched, until, until_blocking, workload
 
+from host_agent.blocking import DeadlinePassed
 from host_agent.client import AgentClient
 from host_agent.errors import ConfigError
 from host_agent.facade.port import VmChange, VmView
+from host_agent.quota.base import QuotaBackend, VmQuota
+from host_agent.quota.detect import detect
+from host_agent.quota.errors import StillBusy, VmGone
 from protocol.units import MIB
 
 pytestmark = pytest.mark.effects
@@ -188,7 +193,71 @@ def test_a_vm_that_died_meanwhile_is_cleared_away(rig: Rig) -> None:
     end_in_order(rig)
 
 
-@pytest.mark.parametrize("fault", ["small pool", "damaged state", "other root"])
+def test_files_of_others_are_left_alone(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    log, disk = rig.state_dir / "logs" / "app.log", rig.state_dir / "disks" / "mydata"
+    others = rig.run_dir / "guests" / "people"
+    for directory in (log.parent, disk, others):
+        directory.mkdir(parents=True)
+    for file in (log, disk / "thesis", others / "list"):
+        file.write_text("precious")
+
+    async def scenario() -> None:
+        async with rig.agent() as agent:
+            await agent.launch(spec("a", 64))
+            assert [vm.name for vm in agent.vms()] == ["a"]
+
+    rig.play(scenario)
+    for file in (log, disk / "thesis", others / "list"):
+        assert file.read_text() == "precious"
+    said = [record.getMessage() for record in caplog.records]
+    for name in ("app", "mydata", "people"):
+        assert f"{name} has files here but was no VM of this agent: left alone" in said
+    for directory in (log.parent, disk, others):
+        shutil.rmtree(directory)
+
+
+def test_a_leftover_that_can_not_be_cleared_keeps_no_agent_from_starting(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    quotas = detect(rig.cgroup.name)
+    quotas.prepare()
+    for name in ("busy", "gone", "slow", "dead"):
+        quotas.create(name, 16 * MIB, 16 * MIB).close()
+    real = type(quotas).open_existing
+
+    def open_existing(backend: QuotaBackend, name: str, overhead_bytes: int) -> VmQuota:
+        quota = real(backend, name, overhead_bytes)
+        if name == "busy":
+            raise StillBusy("its processes do not die")
+        if name == "slow":
+            raise DeadlinePassed("no end after 60 s")
+        if name == "gone":
+            quota.remove()
+            raise VmGone("gone")
+        return quota
+
+    async def scenario() -> None:
+        async with rig.agent() as agent:
+            assert agent.vms() == []
+            assert sorted(agent.quotas.names()) == ["busy", "slow"]
+            await agent.launch(spec("a", 64))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(quotas), "open_existing", open_existing)
+        rig.play(scenario)
+    said = [record.getMessage() for record in caplog.records]
+    assert "busy was left by an agent that died and stays: its processes do not die" in said
+    assert "slow was left by an agent that died and stays: no end after 60 s" in said
+    assert "dead was left by an agent that died: removed" in said
+
+    async def next_agent() -> None:
+        async with rig.agent() as agent:
+            assert agent.quotas.names() == ()
+
+    rig.play(next_agent)
+
+
+@pytest.mark.parametrize("fault", ["small pool", "damaged state", "impossible value", "other root"])
 def test_an_agent_that_can_not_take_over_leaves_all_as_it_is(rig: Rig, fault: str) -> None:
     async def keep() -> None:
         async with rig.agent(on_exit="keep") as agent:
@@ -211,6 +280,9 @@ def test_an_agent_that_can_not_take_over_leaves_all_as_it_is(rig: Rig, fault: st
     cgroup = rig.cgroup
     if fault == "damaged state":
         state.write_bytes(saved[:-9])
+    if fault == "impossible value":
+        state.write_bytes(saved.replace(b'"shares": 1000', b'"shares": 0'))
+        assert state.read_bytes() != saved
     if fault == "other root":
         rig.cgroup = cgroup.with_name(cgroup.name + "-2")
     broken = state.read_bytes()
