@@ -4,6 +4,8 @@
     └── UserError                 something the user can set right; exit status 2
         ├── ConfigError           the configuration file
         ├── BadRequest            a request that makes no sense, whoever is asked
+        ├── NoSuchRoute           a request to a path that the control API has not
+        ├── MethodNotAllowed      a request to a path that takes other methods
         ├── NoSuchVm              no mock VM of this name
         ├── VmExists              a mock VM of this name is already there
         ├── NotEnoughMemory       the pool or a guest has no room; how much is missing, who refused
@@ -18,7 +20,7 @@ matter, not this module's.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from host_agent.sizes import format_size
 
@@ -66,6 +68,18 @@ class BadRequest(UserError):
     """The request makes no sense as it stands, or is out of bounds for this VM."""
 
     kind = "bad-request"
+
+
+class NoSuchRoute(UserError):
+    """The control API has no such path."""
+
+    kind = "not-found"
+
+
+class MethodNotAllowed(UserError):
+    """The control API has the path, but not for this method."""
+
+    kind = "method-not-allowed"
 
 
 class NoSuchVm(UserError):
@@ -164,6 +178,17 @@ class NoMemoryController(UserError):
     kind = "no-memory-controller"
 
 
+_SAID_IN_WORDS: Final[tuple[type[AgentError], ...]] = (
+    UserError,
+    ConfigError,
+    BadRequest,
+    NoSuchRoute,
+    MethodNotAllowed,
+    MissingRight,
+)
+"""Errors that have nothing but their lines."""
+
+
 def error_from_problem(problem: Mapping[str, Any]) -> AgentError:
     """The error that a problem document stands for, as its own type where the kind is known.
 
@@ -185,7 +210,7 @@ def error_from_problem(problem: Mapping[str, Any]) -> AgentError:
                 what_to_do=what_to_do,
             )
         case kind:
-            for error_type in (UserError, ConfigError, BadRequest, MissingRight):
+            for error_type in _SAID_IN_WORDS:
                 if error_type.kind == kind:
                     return error_type(message, what_to_do=what_to_do)
             return AgentError(message, what_to_do=what_to_do)

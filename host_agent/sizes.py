@@ -11,7 +11,7 @@ import re
 from typing import Annotated, Any, Final
 
 import click
-from pydantic import BeforeValidator, ByteSize, TypeAdapter
+from pydantic import BeforeValidator, ByteSize, Field, TypeAdapter
 
 from protocol.units import GIB, KIB, MIB, PAGE_BYTES
 
@@ -88,7 +88,15 @@ def _whole_pages(value: Any) -> int:
     return parse_size(value) // PAGE_BYTES * PAGE_BYTES
 
 
-SizeBytes = Annotated[int, BeforeValidator(_whole_pages, json_schema_input_type=int | str)]
+SizeBytes = Annotated[
+    int,
+    BeforeValidator(_whole_pages, json_schema_input_type=int | str),
+    Field(
+        description="Bytes as a number, or a text with a unit like 512MiB or 1.2GiB; rounded down "
+        "to whole pages of 4 KiB. More than nothing but less than a page is refused.",
+        examples=["512MiB", 536870912],
+    ),
+]
 """A pydantic field that reads a size and holds bytes, rounded down to whole 4 KiB pages."""
 
 

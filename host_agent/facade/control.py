@@ -9,11 +9,11 @@
     GET    /v1/vms/{name}/vitals   its driver's last statistics, null before the first
     GET    /openapi.json           this, for machines
 
-An error is answered with a problem document: {"kind", "error", "what_to_do"?}, one line each.
+An error is answered with a problem document (Problem); which keys it has depends on its kind.
 No route decides anything: the agent behind AgentPort does.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from http import HTTPStatus
 from importlib.metadata import version
@@ -23,13 +23,15 @@ import trio
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from host_agent.errors import (
     AgentError,
     BadRequest,
+    MethodNotAllowed,
     MissingRight,
+    NoSuchRoute,
     NoSuchVm,
     NotEnoughMemory,
     UserError,
@@ -51,13 +53,35 @@ STATUSES: Final[tuple[tuple[type[AgentError], HTTPStatus], ...]] = (
 )
 """The first type that fits decides."""
 
+_SENT: Final[tuple[type[AgentError], ...]] = (
+    *(error for error, _ in STATUSES),
+    NoSuchRoute,
+    MethodNotAllowed,
+)
+_KINDS: Final = [error.kind for error in _SENT]
+
+_UNROUTED: Final[Mapping[int, type[UserError]]] = {
+    HTTPStatus.NOT_FOUND: NoSuchRoute,
+    HTTPStatus.METHOD_NOT_ALLOWED: MethodNotAllowed,
+}
+
 
 class Problem(BaseModel):
     """The body of every answer that is not a success."""
 
-    kind: str
-    error: str
-    what_to_do: str | None = None
+    kind: str = Field(description="For programs; names the error.", examples=_KINDS)
+    error: str = Field(description="For a person, one line.")
+    what_to_do: str | None = Field(default=None, description="Advice, one line; absent if none.")
+    name: str | None = Field(
+        default=None, description=f"The VM; with {NoSuchVm.kind} and {VmExists.kind} alone."
+    )
+    missing_bytes: int | None = Field(
+        default=None, description=f"How much more was needed; with {NotEnoughMemory.kind} alone."
+    )
+    refused_by: list[str] | None = Field(
+        default=None,
+        description=f"VMs that could not give it, perhaps none; with {NotEnoughMemory.kind} alone.",
+    )
 
 
 def build_app(agent: AgentPort) -> FastAPI:
@@ -152,7 +176,8 @@ def _add_problems(app: FastAPI) -> None:
     @handler(HTTPException)
     async def unrouted(request: Request, error: Any) -> JSONResponse:
         said = f"{request.method} {request.url.path}: {error.detail}"
-        problem = UserError(said, what_to_do="see /openapi.json").to_problem()
+        problem_type = _UNROUTED.get(error.status_code, UserError)
+        problem = problem_type(said, what_to_do="see /openapi.json").to_problem()
         return JSONResponse(problem, error.status_code, headers=error.headers)
 
     @handler(Exception)

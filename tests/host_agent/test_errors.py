@@ -9,7 +9,9 @@ from host_agent.errors import (
     AgentError,
     BadRequest,
     ConfigError,
+    MethodNotAllowed,
     MissingRight,
+    NoSuchRoute,
     NoSuchVm,
     NotEnoughMemory,
     UserError,
@@ -23,6 +25,8 @@ CROSSING = [
     UserError("no", what_to_do="do that"),
     ConfigError("bad key"),
     BadRequest("nonsense"),
+    NoSuchRoute("GET /v2", what_to_do="see /openapi.json"),
+    MethodNotAllowed("PUT /v1/host"),
     MissingRight("no root", what_to_do="run as root"),
     NoSuchVm("web1"),
     VmExists("web1"),
@@ -45,7 +49,7 @@ def test_kinds_differ() -> None:
         for value in vars(errors).values()
         if isinstance(value, type) and issubclass(value, AgentError)
     ]
-    assert len(kinds) == len(set(kinds)) == 11
+    assert len(kinds) == len(set(kinds)) == 13
 
 
 @pytest.mark.parametrize("problem", [{}, {"kind": "from the future", "error": "x"}, {"detail": 1}])

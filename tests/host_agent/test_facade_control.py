@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -18,7 +19,7 @@ from host_agent.errors import (
     NotEnoughMemory,
     VmExists,
 )
-from host_agent.facade.port import VmChange
+from host_agent.facade.port import VmChange, VmState
 from protocol.units import MIB
 
 
@@ -173,6 +174,60 @@ def test_openapi_names_every_route_and_no_other_host(raw: httpx.Client) -> None:
     }
     assert "http" not in json.dumps(document).lower().replace("httpvalidationerror", "")
     assert raw.get("/docs").status_code == 404
+
+
+def schema(raw: httpx.Client, name: str) -> dict[str, Any]:
+    schemas: dict[str, Any] = raw.get("/openapi.json").json()["components"]["schemas"]
+    found: dict[str, Any] = schemas[name]
+    return found
+
+
+def test_openapi_says_what_a_problem_holds(client: AgentClient, raw: httpx.Client) -> None:
+    documented = schema(raw, "Problem")["properties"]
+    assert all("description" in field for field in documented.values())
+    client.launch(spec("web1", 400))
+    for answer in (
+        raw.get("/v1/vms/nobody"),
+        raw.get("/v2"),
+        raw.put("/v1/host"),
+        raw.post("/v1/vms", json={"name": "web1", "assigned_bytes": "64MiB"}),
+        raw.post("/v1/vms", json={"name": "web2", "assigned_bytes": "4GiB"}),
+        raw.post("/v1/vms", json={}),
+    ):
+        problem = answer.json()
+        assert set(problem) <= set(documented)
+        assert problem["kind"] in documented["kind"]["examples"]
+
+
+def test_openapi_says_how_sizes_are_written(raw: httpx.Client) -> None:
+    for model, field in (
+        ("VmSpec", "assigned_bytes"),
+        ("VmSpec", "reservation_bytes"),
+        ("VmSpec", "startup_bytes"),
+    ):
+        size = schema(raw, model)["properties"][field]
+        assert {way["type"] for way in size["anyOf"]} == {"integer", "string"}
+        assert "512MiB" in size["description"]
+    for field in ("target_bytes", "quota_bytes", "reservation_bytes"):
+        assert "512MiB" in json.dumps(schema(raw, "VmChange")["properties"][field])
+
+
+def test_openapi_lists_the_states(raw: httpx.Client) -> None:
+    assert set(schema(raw, "VmState")["enum"]) == set(VmState)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "kind"),
+    [
+        ("GET", "/v2", "not-found"),
+        ("PUT", "/v1/host", "method-not-allowed"),
+        ("GET", "/v1/vms/nobody", "no-such-vm"),
+    ],
+)
+def test_a_missing_route_is_no_missing_vm(
+    raw: httpx.Client, method: str, path: str, kind: str
+) -> None:
+    assert raw.request(method, path).json()["kind"] == kind
 
 
 def test_nobody_at_the_socket(tmp_path: Path) -> None:
