@@ -12,7 +12,7 @@ import shutil
 import socket
 import struct
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Final
 
 from host_agent.config import DEFAULT_RUN_DIR, control_socket_in, default_pool
-from host_agent.facade.server import is_answered
+from host_agent.facade.server import MAX_SOCKET_PATH_BYTES, is_answered
 from host_agent.quota.base import QuotaBackend
 from host_agent.quota.cgroup1 import Cgroup1Backend
-from host_agent.quota.detect import detect
+from host_agent.quota.detect import ROOT_NAME, detect
 from host_agent.quota.errors import QuotaUnavailable
 from host_agent.sizes import format_size
 from protocol.units import KIB, MIB, PAGE_BYTES
@@ -36,6 +36,8 @@ LEAST_POOL_BYTES: Final = 256 * MIB
 
 CAP_IPC_LOCK: Final = 14
 """Its bit in CapEff of /proc/self/status; capabilities(7)."""
+
+AGENT_CHECK: Final = "agent"
 
 TOOLS: Final = ("unshare", "nsenter", "setpriv")
 DOCKER_SOCKET: Final = Path("/var/run/docker.sock")
@@ -71,8 +73,16 @@ def _ok(name: str, found: str) -> Check:
     return Check(name, Verdict.OK, found)
 
 
-def run_checks(run_dir: Path = DEFAULT_RUN_DIR) -> list[Check]:
-    """All checks in a fixed order. A check that breaks is a failed check, never an exception."""
+def is_fit(checks: Iterable[Check]) -> bool:
+    """Whether mock VMs can run here: what the machine has, whatever directory was chosen."""
+    return all(check.verdict is not Verdict.FAIL for check in checks if check.name != AGENT_CHECK)
+
+
+def run_checks(run_dir: Path = DEFAULT_RUN_DIR, cgroup_root: str = ROOT_NAME) -> list[Check]:
+    """All checks in a fixed order. A check that breaks is a failed check, never an exception.
+
+    `run_dir` and `cgroup_root` are those of the agent that is asked after.
+    """
     checks: tuple[tuple[str, Callable[[], Check]], ...] = (
         ("root", check_root),
         ("kernel", lambda: judge_kernel(os.uname().release)),
@@ -86,7 +96,7 @@ def run_checks(run_dir: Path = DEFAULT_RUN_DIR) -> list[Check]:
         ("pressure", check_pressure),
         ("huge pages", check_huge_pages),
         ("docker", check_docker),
-        ("agent", lambda: check_agent(run_dir)),
+        (AGENT_CHECK, lambda: check_agent(run_dir, cgroup_root)),
     )
     return [_caught(name, check) for name, check in checks]
 
@@ -278,23 +288,13 @@ def check_huge_pages() -> Check:
 
 
 def check_docker() -> Check:
-    """An engine is needed for containers as mock VMs, and for nothing else."""
+    """Information alone: mock VMs are processes, whether or not there is an engine."""
     path = _docker_socket(os.environ.get("DOCKER_HOST", ""))
     if path is None:
-        return Check(
-            "docker",
-            Verdict.WARN,
-            "DOCKER_HOST names no Unix socket",
-            "containers as mock VMs need an engine on this machine (optional)",
-        )
-    if _answers_ping(path):
-        return _ok("docker", f"an engine answers at {path}")
-    return Check(
-        "docker",
-        Verdict.WARN,
-        f"no engine answers at {path}",
-        "apt-get install docker.io, for containers as mock VMs (optional)",
-    )
+        state = "DOCKER_HOST names no Unix socket"
+    else:
+        state = f"{'an' if _answers_ping(path) else 'no'} engine answers at {path}"
+    return _ok("docker", f"not needed, mock VMs here are processes; {state}")
 
 
 def _docker_socket(docker_host: str) -> Path | None:
@@ -316,21 +316,28 @@ def _answers_ping(path: Path) -> bool:
         return False
 
 
-def check_agent(run_dir: Path) -> Check:
-    """Is an agent running, or did a dead one leave VMs behind?"""
+def check_agent(run_dir: Path, cgroup_root: str = ROOT_NAME) -> Check:
+    """Is an agent running, or did a dead one leave VMs behind below its root?"""
     socket_path = control_socket_in(run_dir)
+    if len(os.fsencode(socket_path)) > MAX_SOCKET_PATH_BYTES:
+        return Check(
+            AGENT_CHECK,
+            Verdict.FAIL,
+            f"no socket can be at {socket_path}: more than {MAX_SOCKET_PATH_BYTES} bytes",
+            "choose a shorter run directory",
+        )
     if is_answered(socket_path):
-        return _ok("agent", f"one answers at {socket_path}")
+        return _ok(AGENT_CHECK, f"one answers at {socket_path}")
     try:
-        left = detect().names()
+        left = detect(cgroup_root).names()
     except QuotaUnavailable:
         left = ()
     if not left:
-        return _ok("agent", "none running, nothing left behind")
+        return _ok(AGENT_CHECK, f"none at {socket_path}, no VM left behind in {cgroup_root}")
     return Check(
-        "agent",
+        AGENT_CHECK,
         Verdict.WARN,
-        f"none running, but cgroups of VMs are left: {', '.join(left)}",
+        f"none at {socket_path}, but VMs are left in {cgroup_root}: {', '.join(left)}",
         "start `balloon agent`: it takes them over, or removes what is dead",
     )
 

@@ -3,25 +3,40 @@
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from host_agent.commands.options import json_option, run_dir_option
 from host_agent.commands.tables import print_json, print_table
-from host_agent.doctor import Verdict, run_checks
+from host_agent.config import load_config
+from host_agent.doctor import is_fit, run_checks
+from host_agent.quota.detect import ROOT_NAME
 
 UNFIT_STATUS = 2
 
 
 @click.command()
+@click.option(
+    "--config",
+    "config_path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The agent's TOML file: its run directory and cgroup root are looked at.",
+)
 @run_dir_option
 @json_option
 @click.pass_context
-def doctor(ctx: click.Context, run_dir: Path, as_json: bool) -> None:
+def doctor(ctx: click.Context, config_path: Path | None, run_dir: Path, as_json: bool) -> None:
     """Say whether this machine can run mock VMs.
 
     The exit status is 2 where something is missing that every mock VM needs.
     """
-    checks = run_checks(run_dir)
-    fit = all(check.verdict is not Verdict.FAIL for check in checks)
+    cgroup_root = ROOT_NAME
+    if config_path is not None:
+        host = load_config(config_path).host
+        cgroup_root = host.cgroup_root
+        if ctx.get_parameter_source("run_dir") is ParameterSource.DEFAULT:
+            run_dir = host.run_dir
+    checks = run_checks(run_dir, cgroup_root)
+    fit = is_fit(checks)
     if as_json:
         print_json({"fit": fit, "checks": [check.as_dict() for check in checks]})
     else:

@@ -1,12 +1,15 @@
 """The doctor: judgements by value, and the whole of it on this machine."""
 
+import contextlib
 import json
 import os
 import resource
+import secrets
 import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,8 +17,11 @@ from facade_fixtures import NumbersAgent, served
 
 from host_agent import doctor
 from host_agent.doctor import CAP_IPC_LOCK, Check, Verdict
+from host_agent.quota.base import Part
+from host_agent.quota.detect import detect
 from protocol.units import MIB
 
+RUN = "from host_agent.cli import main; main()"
 OK, WARN, FAIL = Verdict.OK, Verdict.WARN, Verdict.FAIL
 
 
@@ -92,14 +98,17 @@ def test_docker_is_an_engine_that_answers(
         monkeypatch.setenv("DOCKER_HOST", f"unix://{path}")
         check = doctor.check_docker()
         serving.join(10)
-    assert check.verdict is (OK if b" 200 " in answer else WARN)
-    assert str(path) in check.found
+    assert check.found.endswith(f"{'an' if b' 200 ' in answer else 'no'} engine answers at {path}")
 
 
 @pytest.mark.parametrize("where", ["unix:///nowhere/docker.sock", "tcp://127.0.0.1:2375"])
-def test_no_docker_is_only_a_warning(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_docker_is_information_and_promises_nothing(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("DOCKER_HOST", where)
-    assert doctor.check_docker().verdict is WARN
+    check = doctor.check_docker()
+    assert (check.verdict, check.what_to_do) == (OK, None)
+    assert check.found.startswith("not needed, mock VMs here are processes; ")
 
 
 def test_a_running_agent_is_seen(tmp_path: Path) -> None:
@@ -108,26 +117,75 @@ def test_a_running_agent_is_seen(tmp_path: Path) -> None:
     assert (check.verdict, check.found) == (OK, f"one answers at {tmp_path}/control.sock")
 
 
-class _Left:
-    root = Path("/sys/fs/cgroup/memory/memballoon")
+@pytest.fixture
+def left_in() -> Iterator[str]:
+    """A cgroup root below which a VM was left, empty and without an agent."""
+    name = f"mbtest-{secrets.token_hex(4)}"
+    root = detect(name).root
+    parts = [root / "web1" / part for part in Part]
+    try:
+        for part in parts:
+            part.mkdir(parents=True)
+        yield name
+    finally:
+        for directory in (*parts, root / "web1", root):
+            with contextlib.suppress(FileNotFoundError):
+                directory.rmdir()
 
-    @staticmethod
-    def names() -> tuple[str, ...]:
-        return ("web1", "web2")
 
-
-def test_what_a_dead_agent_left_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(doctor, "detect", _Left)
-    check = doctor.check_agent(tmp_path)
+@pytest.mark.effects
+def test_what_a_dead_agent_left_is_named_for_its_root(left_in: str, tmp_path: Path) -> None:
+    check = doctor.check_agent(tmp_path, left_in)
     assert check.verdict is WARN
-    assert check.found.endswith("are left: web1, web2")
+    assert check.found.endswith(f"VMs are left in {left_in}: web1")
+    other = doctor.check_agent(tmp_path, f"{left_in}-other")
+    assert (other.verdict, other.what_to_do) == (OK, None)
+
+
+@pytest.mark.effects
+def test_the_command_looks_where_the_configuration_says(left_in: str, tmp_path: Path) -> None:
+    config = tmp_path / "balloon.toml"
+    config.write_text(
+        f'[host]\npool = "64MiB"\nrun_dir = "{tmp_path}/run"\ncgroup_root = "{left_in}"\n',
+        encoding="utf-8",
+    )
+    (found,) = agent_check("--config", str(config))
+    assert found.startswith(f"none at {tmp_path}/run/control.sock")
+    assert left_in in found
+    (found,) = agent_check("--config", str(config), "--run-dir", f"{tmp_path}/other")
+    assert found.startswith(f"none at {tmp_path}/other/control.sock")
+    assert left_in in found
+
+
+def agent_check(*arguments: str) -> list[str]:
+    """What `balloon doctor` says of the agent."""
+    environment = {key: value for key, value in os.environ.items() if key != "MEMBALLOON_RUN_DIR"}
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, "doctor", "--json", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=environment,
+    )
+    checks = json.loads(done.stdout)["checks"]
+    return [check["found"] for check in checks if check["name"] == "agent"]
+
+
+def test_a_run_directory_that_is_too_long_is_no_fault_of_the_machine(tmp_path: Path) -> None:
+    check = doctor.check_agent(tmp_path / ("x" * 100))
+    assert check.verdict is FAIL
+    assert "more than 107 bytes" in check.found
+    assert check.what_to_do == "choose a shorter run directory"
+    others = [Check("root", OK, "yes"), Check("huge pages", WARN, "off", "on")]
+    assert doctor.is_fit([*others, check])
+    assert not doctor.is_fit([*others, Check("kernel", FAIL, "4.19", "newer")])
 
 
 @pytest.mark.parametrize("as_json", [False, True])
 def test_the_command_on_this_machine(as_json: bool, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", "from host_agent.cli import main; main()", "doctor"]
-        + ["--json"] * as_json,
+        [sys.executable, "-c", RUN, "doctor"] + ["--json"] * as_json,
         capture_output=True,
         text=True,
         timeout=60,
