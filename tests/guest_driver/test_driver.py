@@ -155,9 +155,9 @@ class Host:
 
     async def hear_reports(self) -> tuple[list[Report], Reserved]:
         """Up to the end of the reservation."""
-        reports = []
+        reports: list[Report] = []
         while True:
-            message = await self.hear(Message)  # type: ignore[type-abstract]
+            message = await self.hear(Message)
             if isinstance(message, Reserved):
                 return reports, message
             if isinstance(message, Report):
@@ -535,7 +535,7 @@ def test_a_host_that_breaks_the_protocol_is_left(
         await host.welcome()
         claimed = await host.inflate(1000)
         assert host.channel is not None
-        await host.channel._stream.send_all(b"\xff" * 8)  # type: ignore[attr-defined]
+        await host.channel._stream.send_all(b"\xff" * 8)
         assert (await host.accept()).claimed == claimed
 
     run(body)

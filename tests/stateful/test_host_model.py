@@ -22,10 +22,11 @@ from hypothesis import strategies as st
 from host_agent.audit.errors import ProcessGone
 from host_agent.dry import DryAnswer
 from host_agent.guest import Guest
-from host_agent.intake.session import PROGRESS_DEADLINE_S, GuestAtFault, GuestLied
+from host_agent.intake.faults import GuestAtFault, GuestLied
+from host_agent.intake.session import PROGRESS_DEADLINE_S
 from host_agent.quota.errors import LimitRefused, NoRoom, QuotaError
 from host_agent.quota.fake import FakeVm
-from protocol.errors import ChannelBroken
+from protocol.errors import ChannelBroken, LocalProtocolError
 from protocol.messages import (
     Claim,
     Dropped,
@@ -127,13 +128,23 @@ class Actor:
                 await self.awake.wait()
                 if self.line is not line:
                     return
-                await self._answer(line, message)
+                if line.welcome or isinstance(message, Welcome):
+                    await self._answer(line, message)
         except ChannelBroken:
             if self.line is line:
                 self.line = None
                 self._release()
 
     async def _answer(self, line: Line, message: Message) -> None:
+        """Answer; an answer that a reset comes between is given up."""
+        try:
+            await self._answer_in_manner(line, message)
+        except LocalProtocolError:
+            if line.welcome:
+                raise
+            self._release()
+
+    async def _answer_in_manner(self, line: Line, message: Message) -> None:
         match message:
             case Target():
                 missing = message.balloon_pages - len(line.claimed)
