@@ -12,7 +12,7 @@ from host_agent import blocking
 from host_agent.audit.errors import ProcessGone
 from host_agent.guest import Guest
 from host_agent.intake import session as session_module
-from host_agent.intake.faults import GuestAtFault, GuestLied, GuestStuck
+from host_agent.intake.faults import LIES, GuestAtFault, GuestLied, GuestStuck
 from host_agent.intake.room import ROOM_DEADLINE_S
 from host_agent.intake.session import GuestSession
 from host_agent.quota.errors import LimitRefused, NoRoom, QuotaError
