@@ -14,6 +14,7 @@ from scenario_rig import PATIENCE_S, Rig, appetite, spec, touched, until, worklo
 from host_agent import agent as agent_module
 from host_agent.agent import Agent
 from host_agent.errors import BadRequest, NotEnoughMemory, VmExists
+from host_agent.facade.port import VmChange
 from host_agent.guest import Phase
 from host_agent.hosting import Places
 from host_agent.quota.base import VmQuota
@@ -73,6 +74,28 @@ def test_what_can_not_be_is_refused_and_leaves_nothing(
             # What was given for it comes back.
             await until(lambda: agent.vm("full").quota_bytes == 200 * MIB, "all of it")
             assert agent.oom_kills == 0
+
+    rig.play(scenario)
+
+
+def test_a_fixed_quota_is_a_promise_too(rig: Rig) -> None:
+    """To launches and to the VM's own reservation; what is refused changes nothing."""
+
+    async def scenario() -> None:
+        async with rig.agent(pool_mib=316, reserve_mib=16) as agent:
+            await agent.launch(spec("p", 300, reservation_bytes=10 * MIB))
+            await agent.change("p", VmChange(quota_bytes=240 * MIB))
+            began_s = trio.current_time()
+            with pytest.raises(NotEnoughMemory, match="fixed: p at 240MiB") as refused:
+                await agent.launch(spec("q", 200, reservation_bytes=150 * MIB))
+            assert trio.current_time() - began_s < agent_module.MEMORY_DEADLINE_S / 2
+            assert refused.value.missing_bytes == 90 * MIB
+            assert nothing_of(rig, agent, "q") == []
+            with pytest.raises(BadRequest, match="its quota is fixed at 240MiB, below"):
+                await agent.change("p", VmChange(reservation_bytes=250 * MIB))
+            assert agent.vm("p").reservation_bytes == 10 * MIB
+            await agent.change("p", VmChange(reservation_bytes=250 * MIB, automatic=True))
+            assert agent.vm("p").reservation_bytes == 250 * MIB
 
     rig.play(scenario)
 
