@@ -32,8 +32,8 @@ def stop(names: tuple[str, ...], everyone: bool, run_dir: Path) -> None:
                     break
             else:
                 click.echo(f"{name}: stopped")
-    for error in errors:
-        click.echo(f"balloon: {error.one_line()}", err=True)
+    for told in errors:
+        click.echo(f"balloon: {told.one_line()}", err=True)
     if errors:
-        by_user = all(isinstance(error, UserError) for error in errors)
+        by_user = all(isinstance(told, UserError) for told in errors)
         click.get_current_context().exit(UserError.exit_code if by_user else AgentError.exit_code)
