@@ -25,6 +25,7 @@ from host_agent.errors import (
     ConfigError,
     NoSuchVm,
     NotEnoughMemory,
+    UserError,
     VmExists,
 )
 from host_agent.facade.port import HostView, VitalsView, VmChange, VmSpec, VmView
@@ -131,20 +132,25 @@ class Agent:
     async def launch(self, spec: VmSpec) -> VmView:
         """Start a mock VM: wait for its memory, then make it, then wait for its driver.
 
-        Raises VmExists, BadRequest, NotEnoughMemory; nothing is left behind then, or when the
-        caller is cancelled.
+        Raises VmExists, BadRequest, NotEnoughMemory, and a UserError if it is stopped meanwhile;
+        nothing is left behind then, or when the caller is cancelled.
         """
         guest = self._admit(spec)
         try:
-            await self._wait_for_memory(guest)
-            guest.phase = Phase.STARTING
-            await self._start(guest)
+            with guest.launching:
+                await self._wait_for_memory(guest)
+                await _enter(guest, Phase.STARTING)
+                await self._start(guest)
         except BaseException as error:
             await self._undo_launch(guest)
+            if isinstance(error, Exception) and guest.launching.cancel_called:
+                raise _stopped_early(guest) from error
             if isinstance(error, START_ERRORS):
                 raise BadRequest(f"{spec.name} can't be launched: {error}") from error
             raise
-        await self._save()
+        if guest.launching.cancel_called:
+            await self._undo_launch(guest)
+            raise _stopped_early(guest)
         return self.vm(spec.name)
 
     def _admit(self, spec: VmSpec) -> Guest:
@@ -207,8 +213,11 @@ class Agent:
             )
         if not guest.connected.is_set():
             raise MachineError(f"its driver did not connect in {CONNECT_DEADLINE_S:g} s")
-        guest.phase = Phase.RUNNING
+        await _enter(guest, Phase.RUNNING)
         self.balancer.replan()
+        await self._save()
+        if guest.ended.is_set():
+            raise MachineError(f"its command ended at once, {guest.ended_with}")
 
     async def _host(
         self,
@@ -228,18 +237,29 @@ class Agent:
         with trio.CancelScope(shield=True):
             if guest.quota is None and guest.machine is None:
                 self.balancer.left(guest)
+                guest.ended.set()
                 return
             guest.scope.cancel()
             await guest.ended.wait()
             await self._save()
 
     async def stop(self, name: str) -> None:
-        """Stop a mock VM; its memory is back in the pool when this returns. Raises NoSuchVm."""
+        """Stop a mock VM; its memory is back in the pool when this returns.
+
+        Raises NoSuchVm, and AgentError if it can't be taken down: it may be tried again then.
+        """
         guest = self._guest(name)
-        guest.phase = Phase.STOPPING
-        guest.scope.cancel()
+        guest.stop()
+        if guest.failure is not None:
+            await self._hosting.take_down(guest)
         await guest.ended.wait()
         await self._save()
+        if guest.failure is not None:
+            raise AgentError(
+                f"{name} could not be taken down: {guest.failure}",
+                what_to_do=f"let its processes end, then `balloon stop {name}` again; "
+                "until then it keeps its quota and its name",
+            )
 
     # Changing
 
@@ -316,8 +336,7 @@ class Agent:
             raise NoSuchVm(name) from None
 
     def rearm_all(self) -> None:
-        """Hold dry guests again: the watchdog has let all of them go while we did not beat."""
-        LOG.warning("this agent stood still: the watchdog had let all guests go")
+        """Hold dry guests again: the watchdog may have let all of them go."""
         for guest in self.balancer.guests.values():
             if guest.quota is not None and guest.phase is not Phase.STOPPING:
                 with contextlib.suppress(QuotaError):
@@ -348,6 +367,16 @@ class Agent:
         """Compile the driver's modules once: a mock VM's root is read-only, it can't keep them."""
         imports = "import guest_driver.cli, guest_driver.driver, guest_driver.workload"
         await trio.run_process([sys.executable, "-OO", "-c", imports], check=False)
+
+
+async def _enter(guest: Guest, phase: Phase) -> None:
+    """The next phase of a launch, unless it was stopped just before this task came to run."""
+    await trio.lowlevel.checkpoint_if_cancelled()
+    guest.phase = phase
+
+
+def _stopped_early(guest: Guest) -> UserError:
+    return UserError(f"{guest.name} was stopped while it was being launched")
 
 
 async def _first_of(event: trio.Event, scope: trio.CancelScope) -> None:

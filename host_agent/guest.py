@@ -87,10 +87,23 @@ class Guest:
     was given up while its thread is still in the kernel."""
     connected: trio.Event = field(default_factory=trio.Event)
     quota_changed: trio.Event = field(default_factory=trio.Event)
+    launching: trio.CancelScope = field(default_factory=trio.CancelScope)
+    """Around its whole launch, from the wait for memory on; cancelled by a stop alone."""
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    """Around its life in the kernel."""
     ended: trio.Event = field(default_factory=trio.Event)
     ended_with: str = ""
     """How its command ended, once it has."""
+    taking_down: trio.Lock = field(default_factory=trio.Lock)
+    failure: str | None = None
+    """Why it could not be taken down: it has ended, but what the kernel holds of it is still there
+    and its quota and its name are not free."""
+
+    def stop(self) -> None:
+        """Let it end, wherever in its life it is; `ended` is set when it has."""
+        self.phase = Phase.STOPPING
+        self.launching.cancel()
+        self.scope.cancel()
 
     def tell_quota_changed(self) -> None:
         """Wake whoever waits for `quota_changed`; the next change has an event of its own."""

@@ -95,7 +95,8 @@ class Hosting:
         self._places = places
         self._dry_patience_s = dry_patience_s
         self.keep_running = False
-        """Set before the agent ends, to leave the VMs as they are."""
+        """The VMs stay as they are when the agent ends, in order or not. They end by themselves
+        and are stopped all the same."""
         self.kills_of_the_gone = 0
         """Processes of VMs that have ended, killed by their kernels for want of memory."""
 
@@ -109,15 +110,27 @@ class Hosting:
         """Host one guest until its end; started when its processes run.
 
         `found` is a machine that an earlier agent left running. Errors before the start are raised
-        (MachineError, QuotaError, OSError); afterwards they end the guest and are logged.
+        (MachineError, QuotaError, DeadlinePassed, OSError); afterwards they end the guest and are
+        logged. Other exceptions are defects, and raised.
         """
         try:
             await self._live(guest, found, task_status)
+        except START_ERRORS as error:
+            if guest.machine is None:
+                raise
+            _give_up(guest, error)
         except BaseExceptionGroup as group:
             known, rest = group.split(START_ERRORS)
-            if known is None or rest is not None:
+            if known is None:
                 raise
-            raise _first(known) from group
+            if guest.machine is not None:
+                _give_up(guest, _first(known))
+                if rest is not None:
+                    raise rest from None
+            elif rest is not None:
+                raise
+            else:
+                raise _first(known) from group
         finally:
             with trio.CancelScope(shield=True):
                 await self._end(guest)
@@ -125,28 +138,22 @@ class Hosting:
     async def _live(
         self, guest: Guest, found: Machine | None, task_status: trio.TaskStatus[None]
     ) -> None:
-        try:
-            with guest.scope:
-                guest.quota = await self._open_quota(guest, found is not None)
-                directory = self._places.socket_dir(guest.name)
-                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-                async with guest_socket(directory) as listener, trio.open_nursery() as nursery:
-                    nursery.start_soon(
-                        trio.serve_listeners, partial(self._reception.serve, guest), [listener]
-                    )
-                    dry = DryAnswer(guest, self._balancer, self._dry_patience_s)
-                    nursery.start_soon(dry.run)
-                    guest.machine = found or await self._machines.launch(self._spec(guest))
-                    task_status.started()
-                    status = await guest.machine.wait_exited()
-                    guest.ended_with = f"{status}{self._last_words(guest)}"
-                    LOG.info("%s ended: %s", guest.name, status)
-                    nursery.cancel_scope.cancel()
-        except* QuotaError as errors:
-            # The cgroups went away under us: the guest is gone, whoever did it.
-            if guest.machine is None:
-                raise
-            LOG.error("%s: its cgroups are gone: %s", guest.name, _first(errors))
+        with guest.scope:
+            guest.quota = await self._open_quota(guest, found is not None)
+            directory = self._places.socket_dir(guest.name)
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            async with guest_socket(directory) as listener, trio.open_nursery() as nursery:
+                nursery.start_soon(
+                    trio.serve_listeners, partial(self._reception.serve, guest), [listener]
+                )
+                dry = DryAnswer(guest, self._balancer, self._dry_patience_s)
+                nursery.start_soon(dry.run)
+                guest.machine = found or await self._machines.launch(self._spec(guest))
+                task_status.started()
+                status = await guest.machine.wait_exited()
+                guest.ended_with = f"{status}{self._last_words(guest)}"
+                LOG.info("%s ended: %s", guest.name, status)
+                nursery.cancel_scope.cancel()
 
     def _last_words(self, guest: Guest) -> str:
         """What a command that ended at once has said, since its log ends with it."""
@@ -199,13 +206,24 @@ class Hosting:
 
     async def _end(self, guest: Guest) -> None:
         """Take everything down, whatever of it there is; or leave it, if VMs are to be kept."""
-        if self.keep_running and guest.machine is not None:
+        if self.keep_running and _runs_on(guest):
             if guest.quota is not None:
                 # Nobody will answer a dry guest until the next agent comes.
                 guest.quota.let_kernel_decide()
                 guest.quota.close()
             guest.ended.set()
             return
+        await self._take_down(guest)
+        guest.ended.set()
+
+    async def take_down(self, guest: Guest) -> None:
+        """Try again to take down a guest that could not be; `failure` is None if it worked."""
+        with trio.CancelScope(shield=True):
+            async with guest.taking_down:
+                if guest.failure is not None:  # else another one who tries it was faster
+                    await self._take_down(guest)
+
+    async def _take_down(self, guest: Guest) -> None:
         guest.phase = Phase.STOPPING
         try:
             if guest.quota is not None:
@@ -218,7 +236,7 @@ class Hosting:
             # The books must not give away what the kernel still holds.
             LOG.error("%s could not be taken down: %s", guest.name, error)
             if guest.quota is not None and guest.quota.directory.exists():
-                guest.ended.set()
+                guest.failure = str(error) or type(error).__name__
                 return
         self.kills_of_the_gone += guest.oom_kills
         try:
@@ -227,7 +245,7 @@ class Hosting:
             LOG.error("%s: files of it are left: %s", guest.name, error)
         # Last: from here on its name, and with it the paths of its files, can be a newcomer's.
         self._balancer.left(guest)
-        guest.ended.set()
+        guest.failure = None
 
     async def _remove_quota(self, quota: VmQuota) -> None:
         def take_down() -> None:
@@ -239,6 +257,12 @@ class Hosting:
         )
 
 
+def _runs_on(guest: Guest) -> bool:
+    """Whether it is only its agent that ends, not the guest itself."""
+    stopped = guest.scope.cancel_called or bool(guest.ended_with)
+    return guest.machine is not None and not stopped
+
+
 def count_kills(guest: Guest, quota: VmQuota) -> None:
     """Tell what the guest's kernel has killed for want of memory since the last look."""
     try:
@@ -248,6 +272,12 @@ def count_kills(guest: Guest, quota: VmQuota) -> None:
     if kills > guest.oom_kills:
         LOG.warning("%s: its kernel killed %d", guest.name, kills - guest.oom_kills)
         guest.oom_kills = kills
+
+
+def _give_up(guest: Guest, error: BaseException) -> None:
+    """Tell of an error that ends a guest which was running: its cgroups are gone, for one."""
+    guest.ended_with = guest.ended_with or str(error)
+    LOG.error("%s can't go on and ends: %s", guest.name, error)
 
 
 def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
