@@ -78,6 +78,9 @@ async def running(
             )
             async with watchdog, trio.open_nursery() as workers:
                 await workers.start(agent.run)
+                if host.on_exit == "keep" and not die_with_agent:
+                    # Now, not at the end: the agent may fail as well.
+                    agent.keep_vms()
                 try:
                     # Only now: who asks is answered by an agent that knows all of its VMs.
                     await nursery.start(partial(serve, build_app(agent), host.control_socket))
@@ -85,8 +88,6 @@ async def running(
                     agent.keep_vms()
                     raise
                 yield agent
-                if host.on_exit == "keep" and not die_with_agent:
-                    agent.keep_vms()
                 workers.cancel_scope.cancel()
             nursery.cancel_scope.cancel()
 

@@ -9,6 +9,7 @@ the guests that are left, if any, must not be armed then. After a crash or a can
 just closes, and the watchdog does what it was started for.
 """
 
+import logging
 import os
 import subprocess
 import sys
@@ -20,6 +21,10 @@ from typing import Final, Literal, Self
 
 import trio
 
+from host_agent.errors import AgentError
+
+LOG = logging.getLogger("memballoon.watchdog")
+
 WATCHDOG_FILE: Final = Path(__file__).with_name("watchdog.py")
 GRACE_S: Final = 2.0
 BEAT_INTERVAL_S: Final = 0.5
@@ -28,13 +33,24 @@ BEAT_INTERVAL_S: Final = 0.5
 START_TIMEOUT_S: Final = 10.0
 END_TIMEOUT_S: Final = 5.0
 
+MOST_RESTARTS: Final = 5
+"""In a row; then something is wrong with this machine, and nobody must be held any more."""
+
+RESTART_PAUSE_S: Final = 0.1
+"""Before the second restart in a row; it doubles with each."""
+
+STEADY_S: Final = 10.0
+"""A watchdog that lived so long does not count as one that can't be started."""
+
 
 OnDeath = Literal["release", "remove"]
 """What the watchdog does when the agent dies: free hung guests, or also clear everything away."""
 
 
-class WatchdogLost(Exception):
-    """The watchdog did not start or has ended: guests must not be armed without it."""
+class WatchdogLost(AgentError):
+    """The watchdog does not start (any more): guests must not be armed without it."""
+
+    kind = "watchdog-lost"
 
 
 class Watchdog:
@@ -50,9 +66,10 @@ class Watchdog:
         beat_interval_s: float = BEAT_INTERVAL_S,
         on_released: Callable[[], None] | None = None,
     ) -> None:
-        """`on_released` is called in the event loop after the watchdog released all guests.
+        """`on_released` is called in the event loop when the watchdog may have released all guests.
 
-        That happens when the agent was stopped or stalled for `grace_s`: arm them again there.
+        That is when the agent was stopped or stalled for `grace_s`, and when the watchdog has
+        ended by itself and another one watches: arm them again there.
         """
         self._command = [
             *(sys.executable, "-I", "-S", str(WATCHDOG_FILE)),
@@ -106,17 +123,45 @@ class Watchdog:
     async def run(self, *, task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED) -> None:
         """Start the process and beat until `dismiss`; started with the pid once it watches.
 
-        Raises WatchdogLost if it does not start, or ends by itself.
+        A watchdog that ends by itself, or is killed, is started again. Raises WatchdogLost if the
+        first does not start, or if MOST_RESTARTS in a row were in vain.
         """
-        process = await trio.lowlevel.open_process(
-            self._command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,  # a ^C at the terminal is for the agent alone
-            env={"PATH": os.defpath},
-            cwd="/",
-        )
-        self.pid = process.pid
+        restarts = 0
+        while True:
+            started_s = trio.current_time()
+            watches = False
+
+            def ready(pid: int, is_first: bool = self.pid is None) -> None:
+                nonlocal watches
+                watches = True
+                self.pid = pid
+                if is_first:
+                    task_status.started(pid)
+                elif self._on_released is not None:
+                    self._on_released()
+
+            try:
+                await self._watch_once(ready)
+            except WatchdogLost as lost:
+                if self.pid is None:
+                    raise
+                if watches and trio.current_time() - started_s > STEADY_S:
+                    restarts = 0
+                if restarts == MOST_RESTARTS:
+                    raise
+                LOG.warning("%s: it is started again", lost)
+            else:
+                return
+            if restarts:
+                await trio.sleep(RESTART_PAUSE_S * 2**restarts)
+            restarts += 1
+
+    async def _watch_once(self, ready: Callable[[int], None]) -> None:
+        """One process, until `dismiss`. Raises WatchdogLost if it does not start, or ends."""
+        try:
+            process = await self._open_process()
+        except OSError as error:
+            raise WatchdogLost(f"the watchdog can't be started: {error.strerror}") from error
         assert process.stdin is not None
         assert process.stdout is not None
         try:
@@ -125,10 +170,20 @@ class Watchdog:
                     raise WatchdogLost("the watchdog did not start; what it said is on stderr")
             if starting.cancelled_caught:
                 raise WatchdogLost(f"the watchdog was not ready after {START_TIMEOUT_S} s")
-            task_status.started(process.pid)
+            ready(process.pid)
             await self._beat_and_listen(process.stdin, process.stdout)
         finally:
             await self._end(process)
+
+    async def _open_process(self) -> trio.Process:
+        return await trio.lowlevel.open_process(
+            self._command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,  # a ^C at the terminal is for the agent alone
+            env={"PATH": os.defpath},
+            cwd="/",
+        )
 
     async def _beat_and_listen(
         self, beats: trio.abc.SendStream, words: trio.abc.ReceiveStream
@@ -141,7 +196,7 @@ class Watchdog:
         except BaseExceptionGroup as group:
             if group.split(WatchdogLost)[1] is not None:
                 raise  # a fault in `on_released`, or the agent is being cancelled
-            raise WatchdogLost("the watchdog has ended: start it again, then arm") from group
+            raise WatchdogLost("the watchdog has ended") from group
 
     async def _beat(self, pipe: trio.abc.SendStream) -> None:
         try:
@@ -154,8 +209,10 @@ class Watchdog:
 
     async def _listen(self, pipe: trio.abc.ReceiveStream) -> None:
         while said := await pipe.receive_some(4096):
-            if b"released" in said and self._on_released is not None:
-                self._on_released()
+            if b"released" in said:
+                LOG.warning("this agent stood still: the watchdog had let all guests go")
+                if self._on_released is not None:
+                    self._on_released()
         raise WatchdogLost("the watchdog does not speak any more")
 
     async def _end(self, process: trio.Process) -> None:

@@ -13,6 +13,7 @@ from uuid import uuid4
 import pytest
 import trio
 
+from host_agent import watchdog_client
 from host_agent.quota.base import QuotaBackend, VmQuota
 from host_agent.quota.cgroup_tree import kill_below, remove_tree, subtree
 from host_agent.quota.detect import detect
@@ -442,16 +443,81 @@ def test_an_agent_that_is_cancelled_says_no_goodbye(house: House) -> None:
 
 
 @pytest.mark.effects
-def test_an_agent_learns_that_its_watchdog_has_died(house: House) -> None:
+def test_a_watchdog_that_was_killed_is_started_again(
+    house: House, caplog: pytest.LogCaptureFixture
+) -> None:
+    house.quota.arm_dry_events()
+    pids: list[int] = []
+
+    async def main() -> None:
+        armed = trio.Event()
+
+        def rearm() -> None:
+            house.quota.rearm()
+            armed.set()
+
+        async with Watchdog(house.backend.root, beat_interval_s=0.05, on_released=rearm) as dog:
+            for _ in range(2):
+                assert dog.pid is not None
+                pids.append(dog.pid)
+                armed = trio.Event()
+                house.quota.let_kernel_decide()
+                os.kill(dog.pid, signal.SIGKILL)
+                with trio.fail_after(DEADLINE_S):
+                    await armed.wait()
+                assert house.is_armed()
+                assert dog.pid not in pids
+                assert is_alive(dog.pid)
+            pids.append(dog.pid)
+
+    trio.run(main)
+    assert len(set(pids)) == 3
+    assert not any(map(is_alive, pids))
+    assert house.is_armed()  # it said goodbye to the last one
+    assert [record.getMessage() for record in caplog.records] == [
+        "the watchdog has ended: it is started again"
+    ] * 2
+
+
+@pytest.mark.effects
+def test_the_one_that_was_started_again_watches(house: House) -> None:
+    house.quota.arm_dry_events()
+
     async def main() -> None:
         async with Watchdog(house.backend.root) as dog:
+            first = dog.pid
+            assert first is not None
+            os.kill(first, signal.SIGKILL)
+            with trio.fail_after(DEADLINE_S):
+                while dog.pid == first:
+                    await trio.sleep(0.01)
+            raise AgentFault
+
+    with pytest.raises(AgentFault):
+        trio.run(main)
+    assert not house.is_armed()
+
+
+def test_one_that_can_not_be_started_again_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "watchdog.py"
+    file.write_text(WATCHDOG_FILE.read_text())
+    monkeypatch.setattr(watchdog_client, "WATCHDOG_FILE", file)
+    monkeypatch.setattr(watchdog_client, "RESTART_PAUSE_S", 0.001)
+
+    async def main() -> None:
+        async with Watchdog(tmp_path / "none") as dog:
             assert dog.pid is not None
+            starts = tmp_path / "starts"
+            file.write_text(f"open({str(starts)!r}, 'a').write('x')\n")
             os.kill(dog.pid, signal.SIGKILL)
             with trio.fail_after(DEADLINE_S):
                 await trio.sleep_forever()
 
-    with pytest.raises(WatchdogLost):
+    with pytest.raises(WatchdogLost, match="did not start"):
         trio.run(main)
+    assert (tmp_path / "starts").read_text() == "x" * watchdog_client.MOST_RESTARTS
 
 
 def test_a_watchdog_that_cannot_start_is_said() -> None:

@@ -172,6 +172,18 @@ class Rig:
                     return pid
         raise LookupError(f"{name} has no {program} now")
 
+    def watchdogs(self) -> list[int]:
+        """Host pids of the watchdogs of this test's agents."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                words = path.read_text(errors="replace").split("\0")
+                if str(self.cgroup) in words and any(
+                    word.endswith("watchdog.py") for word in words
+                ):
+                    found.append(int(path.parent.name))
+        return found
+
     def differences(self, agent: Agent) -> list[str]:
         """Where the books and the kernel don't agree; nothing when they do."""
         found = []

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 
 import pytest
+import trio
 from scenario_rig import Rig, appetite, spec, touched, until, until_blocking, workload
 
 from host_agent.blocking import DeadlinePassed
@@ -173,6 +174,51 @@ def test_keep_then_adopt_then_stop(rig: Rig) -> None:
     assert rig.quota("a", 128) == 88 * MIB
     rig.play(second)
     assert rig.leftovers() == []
+
+
+def test_a_killed_watchdog_is_replaced_and_no_vm_is_stopped(rig: Rig) -> None:
+    rig.agent_process()
+    with rig.client() as client:
+        client.launch(spec("a", 64))
+        (killed,) = rig.watchdogs()
+        os.kill(killed, signal.SIGKILL)
+        until_blocking(lambda: len(set(rig.watchdogs()) - {killed}) == 1, "another watchdog")
+        assert client.vm("a").connected
+        assert rig.is_armed("a")
+    kill(rig)
+    until_blocking(lambda: is_released(rig, "a"), "the new watchdog to act")
+    rig.agent_process()
+    end_in_order(rig)
+
+
+def test_an_agent_that_fails_keeps_the_vms_that_it_is_to_keep(rig: Rig) -> None:
+    class Defect(Exception):
+        pass
+
+    async def fail() -> None:
+        async with rig.agent(on_exit="keep") as agent:
+            for name in ("a", "b", "c"):
+                await agent.launch(spec(name, 64))
+            await agent.stop("c")
+
+            def broken() -> None:
+                raise Defect
+
+            agent.balancer.plan_once = broken  # type: ignore[method-assign]
+            agent.balancer.replan()
+            await trio.sleep_forever()
+
+    async def take_over() -> None:
+        async with rig.agent() as agent:
+            assert [vm.name for vm in agent.vms()] == ["a", "b"]
+            await until(lambda: agent.vm("a").connected, "the driver")
+
+    with pytest.RaisesGroup(Defect, flatten_subgroups=True):
+        rig.play(fail)
+    assert rig.pids("a", "workload")
+    assert is_released(rig, "a")
+    assert not (rig.cgroup / "c").exists()
+    rig.play(take_over)
 
 
 def test_a_vm_that_died_meanwhile_is_cleared_away(rig: Rig) -> None:
