@@ -43,7 +43,12 @@ from host_agent.quota.base import (
     check_limit,
     check_within,
 )
-from host_agent.quota.cgroup2_room import Cgroup2Room, limit_text, reclaimable_bytes
+from host_agent.quota.cgroup2_room import (
+    NEAR_WALL_BYTES,
+    Cgroup2Room,
+    limit_text,
+    reclaimable_bytes,
+)
 from host_agent.quota.cgroup_tree import pids_below, remove_tree, wait_until
 from host_agent.quota.control_file import ControlFile, FileOpener, parse_counters
 from host_agent.quota.errors import LimitRefused, QuotaError, StillBusy, VmGone
@@ -53,8 +58,6 @@ from protocol.units import MIB, PAGE_BYTES
 
 WALL_FRACTION: Final = 32
 WALL_MIN_BYTES: Final = 4 * MIB
-NEAR_WALL_BYTES: Final = 4 * MIB
-"""File pages that reclaim does not get even in need (mapped code in use), and statistics' lag."""
 
 
 def soft_wall_bytes(limit_bytes: int) -> int:

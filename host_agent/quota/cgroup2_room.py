@@ -5,14 +5,17 @@ So memory.max is written only when the workload is known to fit, and cannot grow
     swap.max = swap in use      reclaim must not swap: that is no room but a debt
     high = wall                 the kernel reclaims, and slows whoever grows; never kills
     reclaim, 4 MiB at a time    until usage <= wall; 20 refusals in a row are a no
-    settle 200 ms               does the workload live with it? `high` events say no
-    freeze, look again          nothing can be allocated now
+    settle 200 ms               does it live with that? No if what it needs touches the wall
+    freeze, reclaim again       nothing can be allocated now
     max = limit                 only here, only if usage <= wall
     thaw; swap.max as before; on a no, high as before
 
 Each step was needed: without settling 3 of 8 swinging workloads were killed, with high then max
-alone 6 of 8. `wall` is where the soft wall of the dry events stands below `limit` (cgroup2.py), so
-a workload that was shrunk is not dry at once.
+alone 6 of 8. But `high` events alone are no sign of need: a guest that streams through its page
+cache touches the wall all the time, and is the first that has something to give.
+
+`wall` is where the soft wall of the dry events stands below `limit` (cgroup2.py), so a workload
+that was shrunk is not dry at once.
 
 memory.high below need nearly stops a workload without swap: it is put back however this ends.
 Kernel's Documentation/admin-guide/cgroup-v2.rst, "Memory Interface Files" and "cgroup.freeze".
@@ -38,10 +41,19 @@ RECLAIM_STEP_BYTES: Final = 4 * MIB
 RECLAIM_REFUSALS_MAX: Final = 20
 SETTLE_S: Final = 0.2
 SETTLE_TRIES: Final = 3
+SETTLE_LOOKS: Final = 10
+"""A workload that swings is slowed at the wall for longer than lies between two of these."""
+
+FROZEN_REFUSALS_MAX: Final = 3
+"""Frozen, a guest stands still: what does not go at once stays."""
+
 FREEZE_TIMEOUT_S: Final = 1.0
 
 LAG_BYTES: Final = 4 * MIB
 """memory.stat is brought up to date every 2 s or when much has changed: tolerate this much."""
+
+NEAR_WALL_BYTES: Final = 4 * MIB
+"""File pages that reclaim does not get even in need (mapped code in use), and statistics' lag."""
 
 
 class Cgroup2Room:
@@ -107,6 +119,7 @@ class Cgroup2Room:
                 self._reclaim_down_to(wall_bytes, ticket, deadline_s)
                 self._settle(wall_bytes, ticket, deadline_s)
                 with self._frozen():
+                    self._reclaim_down_to(wall_bytes, ticket, deadline_s, FROZEN_REFUSALS_MAX)
                     usage_bytes = self._current.read_bytes_count()
                     if usage_bytes > wall_bytes:
                         raise self._no_room(wall_bytes, f"it grew to {usage_bytes} again")
@@ -127,7 +140,13 @@ class Cgroup2Room:
         if fixed_bytes > wall_bytes:
             raise self._no_room(wall_bytes, f"at least {fixed_bytes} cannot be reclaimed")
 
-    def _reclaim_down_to(self, wall_bytes: int, ticket: ShrinkTicket, deadline_s: float) -> None:
+    def _reclaim_down_to(
+        self,
+        wall_bytes: int,
+        ticket: ShrinkTicket,
+        deadline_s: float,
+        refusals_max: int = RECLAIM_REFUSALS_MAX,
+    ) -> None:
         refusals = 0
         while (excess_bytes := self._current.read_bytes_count() - wall_bytes) > 0:
             try:
@@ -139,18 +158,22 @@ class Cgroup2Room:
                     raise QuotaError(f"cannot reclaim in {self._workload}: {error}") from error
                 refusals += 1
             self._guard.check(ticket)
-            if refusals >= RECLAIM_REFUSALS_MAX:
+            if refusals >= refusals_max:
                 raise self._no_room(wall_bytes, f"{excess_bytes} too many cannot be reclaimed")
             if time.monotonic() >= deadline_s:
                 raise self._no_room(wall_bytes, "reclaim takes too long")
 
     def _settle(self, wall_bytes: int, ticket: ShrinkTicket, deadline_s: float) -> None:
-        """Wait until the workload lives below the wall for a while without touching it."""
+        """Wait until the workload lives below the wall for a while; its cache may touch it."""
         for _ in range(SETTLE_TRIES):
             before = self._high_events()
-            time.sleep(self._settle_s)
-            self._guard.check(ticket)
-            if self._high_events() == before:
+            needs_it = False
+            for _ in range(SETTLE_LOOKS):
+                time.sleep(self._settle_s / SETTLE_LOOKS)
+                self._guard.check(ticket)
+                fixed_bytes = self._current.read_bytes_count() - reclaimable_bytes(self._stat)
+                needs_it = needs_it or fixed_bytes + NEAR_WALL_BYTES > wall_bytes
+            if not needs_it or self._high_events() == before:
                 return
             self._reclaim_down_to(wall_bytes, ticket, deadline_s)
         raise self._no_room(wall_bytes, "it keeps growing back")

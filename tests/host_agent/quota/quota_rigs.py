@@ -26,13 +26,26 @@ from protocol.units import MIB
 
 DEADLINE_S = 60.0 if os.environ.get("MEMBALLOON_SLOW_MACHINE") else 15.0
 
+# All are there before the first takes anything: with version 1 a full guest can't start a process.
 HOLD = """
 import mmap, os, signal, sys
-size = int(sys.argv[1])
+processes = int((sys.argv + ["1"])[2])
+size = int(sys.argv[1]) // processes // 4096 * 4096
+started, start = os.pipe()
+told, tell = os.pipe()
+is_child = any(os.fork() == 0 for _ in range(processes - 1))
+if not is_child:
+    signal.signal(signal.SIGCHLD, lambda *_: os._exit(1))
+os.close(start)
+os.read(started, 1)
 memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 for offset in range(0, size, 4096):
     memory[offset] = 1
-os.write(1, b"done")
+os.write(tell, b".")
+while not is_child and processes:
+    processes -= len(os.read(told, processes))
+if not is_child:
+    os.write(1, b"done")
 signal.pause()
 """
 CACHE = """
@@ -44,6 +57,28 @@ with open(sys.argv[2], "wb", buffering=0) as file:
         os.fsync(file.fileno())
 os.write(1, b"done")
 signal.pause()
+"""
+
+STREAM = """
+import os, sys
+with open(sys.argv[2], "wb+", buffering=0) as file:
+    for _ in range(int(sys.argv[1]) >> 20):
+        file.write(bytes(1 << 20))
+    os.fsync(file.fileno())
+    os.write(1, b"done")
+    while True:
+        if not file.read(1 << 16):
+            file.seek(0)
+"""
+SWING = """
+import mmap, os, sys
+size = int(sys.argv[1])
+os.write(1, b"done")
+while True:
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for offset in range(0, size, 4096):
+        memory[offset] = 1
+    memory.close()
 """
 
 
@@ -112,12 +147,18 @@ class Rig(ABC):
         return self.backend.create(name, quota_mib * MIB, overhead_mib * MIB)
 
     @abstractmethod
-    def hold(self, quota: VmQuota, mib: int, part: Part = Part.WORKLOAD) -> Tenant:
-        """A process that takes so much anonymous memory and keeps it."""
+    def hold(
+        self, quota: VmQuota, mib: int, part: Part = Part.WORKLOAD, processes: int = 1
+    ) -> Tenant:
+        """Takes so much anonymous memory and keeps it; alive as long as all its processes are."""
 
     @abstractmethod
     def fill_cache(self, quota: VmQuota, mib: int) -> Tenant:
         """A process that leaves so much clean page cache."""
+
+    @abstractmethod
+    def stream(self, quota: VmQuota, mib: int) -> Tenant:
+        """A process that reads a file of so much again and again, for ever."""
 
     @abstractmethod
     def down(self) -> None: ...
@@ -134,12 +175,22 @@ class CgroupRig(Rig):
         self.tenants.append(ProcessTenant(procs, code, *arguments))
         return self.tenants[-1]
 
-    def hold(self, quota: VmQuota, mib: int, part: Part = Part.WORKLOAD) -> ProcessTenant:
-        return self.start(quota.procs_path(part), HOLD, str(mib * MIB))
+    def hold(
+        self, quota: VmQuota, mib: int, part: Part = Part.WORKLOAD, processes: int = 1
+    ) -> ProcessTenant:
+        return self.start(quota.procs_path(part), HOLD, str(mib * MIB), str(processes))
 
     def fill_cache(self, quota: VmQuota, mib: int, state: str = "clean") -> ProcessTenant:
         file = str(self.scratch / uuid4().hex)
         return self.start(quota.procs_path(Part.WORKLOAD), CACHE, str(mib * MIB), file, state)
+
+    def stream(self, quota: VmQuota, mib: int) -> ProcessTenant:
+        file = str(self.scratch / uuid4().hex)
+        return self.start(quota.procs_path(Part.WORKLOAD), STREAM, str(mib * MIB), file)
+
+    def swing(self, quota: VmQuota, mib: int) -> ProcessTenant:
+        """A process that takes so much anonymous memory and gives it back, for ever."""
+        return self.start(quota.procs_path(Part.WORKLOAD), SWING, str(mib * MIB))
 
     def down(self) -> None:
         """Whatever state the test has left: nobody hung, nobody there, no directory."""
@@ -177,7 +228,9 @@ class FakeRig(Rig):
         self.backend = FakeBackend()
         self.pids = iter(range(100, 1000))
 
-    def hold(self, quota: VmQuota, mib: int, part: Part = Part.WORKLOAD) -> FakeTenant:
+    def hold(
+        self, quota: VmQuota, mib: int, part: Part = Part.WORKLOAD, processes: int = 1
+    ) -> FakeTenant:
         assert isinstance(quota, FakeVmQuota)
         tenant = FakeTenant(quota, next(self.pids), part)
         if part is Part.DRIVER:
@@ -190,6 +243,9 @@ class FakeRig(Rig):
         assert isinstance(quota, FakeVmQuota)
         quota.vm.fill_cache(mib * MIB)
         return FakeTenant(quota, next(self.pids), Part.WORKLOAD)
+
+    def stream(self, quota: VmQuota, mib: int) -> FakeTenant:
+        return self.fill_cache(quota, mib)
 
     def down(self) -> None:
         for name in self.backend.names():
