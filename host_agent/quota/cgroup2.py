@@ -12,7 +12,8 @@ against 11 ms that an event may be late. Dry means: above the wall, and what can
 is near it (NEAR_WALL_BYTES) too. A guest that streams through its page cache touches the wall all
 the time and is not dry.
 
-Slowing is not holding: in a guest of 128 MiB the wall is 0.4 s thick, with several threads less. So
+Slowing is not holding: by that formula the wall of a guest of 128 MiB is 0.4 s thick, and six
+processes that allocate at once were through one in less than 2 s, on a machine ten times slower. So
 a dry guest that `dry_state` finds halfway through it is frozen (cgroup.freeze) until a raise,
 `let_kernel_decide`, or a look that finds it dry no more. Its other tasks stand still as well, which
 version 1 spares them until they need memory.

@@ -10,7 +10,7 @@ from host_agent.quota.errors import LimitRefused, NoRoom, QuotaError, StillBusy,
 from protocol.units import MIB
 
 HELD_S = 2.0
-"""Version 2 slows a guest of 64 MiB for less than half a second before it kills."""
+"""Six processes that version 2 only slows are killed before that, even under emulation."""
 
 
 def workload_limit_mib(quota: VmQuota) -> float:
