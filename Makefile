@@ -35,7 +35,7 @@ test: $(INSTALLED)
 test-vm: $(INSTALLED)
 	@$(BIN)/python tests/vm/bed.py setup
 	@$(BIN)/python tests/vm/bed.py build
-	@$(BIN)/python tests/vm/bed.py run --timeout-s 1800 $(VM_ARGS) -- \
+	@$(BIN)/python tests/vm/bed.py run --timeout-s 2400 --memory-mib 3072 $(VM_ARGS) -- \
 	    python -m pytest $(VM_TESTS) $(PYTEST_ARGS)
 	@MEMBALLOON_VM=1 $(BIN)/python -m pytest tests/vm
 
