@@ -82,6 +82,7 @@ class Watchdog:
         self._beat_interval_s = beat_interval_s
         self._on_released = on_released
         self._dismissed = trio.Event()
+        self._scope = trio.CancelScope()
         self.pid: int | None = None
 
     def dismiss(self) -> None:
@@ -93,10 +94,12 @@ class Watchdog:
         self._manager = trio.open_nursery()
         self._nursery = await self._manager.__aenter__()
         try:
-            await self._nursery.start(self.run)
+            await self._nursery.start(self._run_in_scope)
         except BaseException:
             await self._leave()
             raise
+        # A block that is cancelled may take long to end its guests in order, and is not dead yet.
+        self._scope.shield = True
         return self
 
     async def __aexit__(
@@ -109,8 +112,12 @@ class Watchdog:
         if kind is None:
             self.dismiss()
         else:
-            self._nursery.cancel_scope.cancel()
+            self._scope.cancel()
         await self._leave()
+
+    async def _run_in_scope(self, *, task_status: trio.TaskStatus[int]) -> None:
+        with self._scope:
+            await self.run(task_status=task_status)
 
     async def _leave(self) -> None:
         try:

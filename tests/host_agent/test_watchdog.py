@@ -527,3 +527,23 @@ def test_a_watchdog_that_cannot_start_is_said() -> None:
 
     with pytest.raises(WatchdogLost, match="did not start"):
         trio.run(main)
+
+
+@pytest.mark.effects
+def test_a_block_that_is_cancelled_is_watched_to_its_end(house: House) -> None:
+    """Ending guests in order takes longer than the grace; nobody is to interfere meanwhile."""
+    house.quota.arm_dry_events()
+
+    async def main() -> None:
+        with trio.CancelScope() as scope:
+            async with Watchdog(house.backend.root, grace_s=0.3, beat_interval_s=0.05):
+                try:
+                    scope.cancel()
+                    await trio.sleep_forever()
+                finally:
+                    with trio.CancelScope(shield=True):
+                        await trio.sleep(1.0)
+                        assert house.is_armed(), "it took the agent for dead"
+
+    trio.run(main)
+    assert not house.is_armed()
