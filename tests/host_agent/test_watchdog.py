@@ -128,6 +128,7 @@ class House:
             self.clear_root()
 
     def clear_root(self) -> None:
+        self.quota.close()
         for path in subtree(self.backend.root):
             for name, value in RELEASES:
                 if (path / name).exists():

@@ -141,10 +141,18 @@ class ProcessTenant(Tenant):
 
 
 class Rig(ABC):
-    backend: QuotaBackend
+    def __init__(self, backend: QuotaBackend) -> None:
+        self.backend = backend
+        self.quotas: list[VmQuota] = []
 
     def create(self, quota_mib: int = 96, overhead_mib: int = 24, name: str = "vm1") -> VmQuota:
-        return self.backend.create(name, quota_mib * MIB, overhead_mib * MIB)
+        self.quotas.append(self.backend.create(name, quota_mib * MIB, overhead_mib * MIB))
+        return self.quotas[-1]
+
+    def close(self) -> None:
+        """Twenty descriptors a VM: they would add up over a suite."""
+        for quota in self.quotas:
+            quota.close()
 
     @abstractmethod
     def hold(
@@ -166,7 +174,7 @@ class Rig(ABC):
 
 class CgroupRig(Rig):
     def __init__(self, backend: QuotaBackend, scratch: Path) -> None:
-        self.backend = backend
+        super().__init__(backend)
         self.scratch = scratch
         self.tenants: list[ProcessTenant] = []
         backend.prepare()
@@ -194,6 +202,7 @@ class CgroupRig(Rig):
 
     def down(self) -> None:
         """Whatever state the test has left: nobody hung, nobody there, no directory."""
+        self.close()
         for tenant in self.tenants:
             tenant.process.kill()
         for path in subtree(self.backend.root):
@@ -225,7 +234,7 @@ class FakeTenant(Tenant):
 
 class FakeRig(Rig):
     def __init__(self) -> None:
-        self.backend = FakeBackend()
+        super().__init__(FakeBackend())
         self.pids = iter(range(100, 1000))
 
     def hold(
@@ -248,6 +257,7 @@ class FakeRig(Rig):
         return self.fill_cache(quota, mib)
 
     def down(self) -> None:
+        self.close()
         for name in self.backend.names():
             self.backend.open_existing(name, 0).close()
 

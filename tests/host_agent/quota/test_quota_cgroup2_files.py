@@ -7,7 +7,7 @@ on a machine with a version 2 memory controller.
 import errno
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -48,6 +48,7 @@ class Kernel:
         self.vm = root / "vm1"
         self.workload = self.vm / "workload"
         self.journal: list[tuple[str, str]] = []
+        self.quotas: list[Cgroup2Quota] = []
         self.after: dict[str, Callable[[str], None]] = {
             "cgroup.freeze": lambda value: self.put(
                 "cgroup.events", f"populated 1\nfrozen {value}"
@@ -95,6 +96,7 @@ class Kernel:
     def quota(self) -> Cgroup2Quota:
         quota = Cgroup2Quota(self.vm, 24 * MIB, self.open_file)
         quota._room._settle_s = 0.001
+        self.quotas.append(quota)
         return quota
 
     def written(self, name: str) -> list[str]:
@@ -102,8 +104,11 @@ class Kernel:
 
 
 @pytest.fixture
-def kernel(tmp_path: Path) -> Kernel:
-    return Kernel(tmp_path)
+def kernel(tmp_path: Path) -> Iterator[Kernel]:
+    made = Kernel(tmp_path)
+    yield made
+    for quota in made.quotas:
+        quota.close()
 
 
 def test_reading(kernel: Kernel) -> None:
