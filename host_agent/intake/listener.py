@@ -20,7 +20,7 @@ from host_agent.guest import Guest
 from host_agent.quota.base import Part
 from protocol.channel import Channel
 from protocol.connection import Connection
-from protocol.errors import ChannelError
+from protocol.errors import ChannelBroken, ChannelError
 from protocol.messages import Goodbye, Hello, Message
 from protocol.vocabulary import Role, one_line
 
@@ -124,6 +124,8 @@ async def receive_hello(channel: Channel) -> Hello:
     message: Message | None = None
     with trio.move_on_after(GREETING_DEADLINE_S):
         message = await channel.receive()
+    if isinstance(message, Goodbye):
+        raise ChannelBroken(f"the driver said goodbye: {message.reason}")
     if not isinstance(message, Hello):
         raise HelloRefused("it did not say hello")
     return message

@@ -23,6 +23,7 @@ from host_agent.audit.errors import ProcessGone
 from host_agent.dry import DryAnswer
 from host_agent.guest import Guest
 from host_agent.intake.faults import GuestAtFault, GuestLied
+from host_agent.intake.listener import HelloRefused
 from host_agent.intake.session import PROGRESS_DEADLINE_S
 from host_agent.quota.errors import LimitRefused, NoRoom, QuotaError
 from host_agent.quota.fake import FakeVm
@@ -237,7 +238,9 @@ class Host:
     def _judge(self, actor: Actor) -> None:
         """Why its connections have ended: nothing is this agent's fault, no honest guest lied."""
         for end in self.rig.ends[actor.guest.name]:
-            assert isinstance(end, ChannelBroken | GuestAtFault | ProcessGone), repr(end)
+            # HelloRefused: the clock jumped while it was about to greet anew.
+            known = ChannelBroken | GuestAtFault | HelloRefused | ProcessGone
+            assert isinstance(end, known), repr(end)
             event(type(end).__name__)
             if isinstance(end, GuestLied):
                 assert actor.has_lied, str(end)
