@@ -10,7 +10,10 @@ CALM   what lies beyond the demand estimate: unused quota, and idle clean cache.
 SHORT  all unused quota, and clean cache down to a small floor, refaulting or not: shortage
        costs speed, not lives.
 
-Never anonymous memory, swap or no swap. Dirty pages, and those under writeback, are no quick gift
+Anonymous memory only where the wish allows some to be swapped out, memory is short, and swap is
+left: then as much of it, beyond what may go anyhow, as the wish and the swap allow. Old swap is no
+trouble, but a guest that swaps now gives nothing: so one offer of that kind is followed by a pause
+that shows whether what went is missed. Dirty pages, and those under writeback, are no quick gift
 and count as used. Where there is swap, active cache counts as used too: the kernel would balance
 it against anonymous pages and swap some of them out.
 
@@ -25,7 +28,8 @@ from typing import Final
 
 from guest_driver.demand import DemandEstimate, headroom_bytes, pinned_bytes
 from guest_driver.vitals import GuestMemory
-from protocol.units import MIB, bytes_of, pages_of
+from protocol.guest_floor import floor_bytes
+from protocol.units import MIB, PAGE_BYTES, bytes_of, pages_of
 from protocol.vocabulary import RefusalReason, Urgency
 
 MARGIN_MIN_BYTES: Final = 2 * MIB
@@ -43,28 +47,24 @@ CALM_FULL_PRESSURE_PERCENT: Final = 2.0
 SHORT_FULL_PRESSURE_PERCENT: Final = 20.0
 """Higher when memory is short: the reclaim of the offer before this one counts in it as well."""
 
+SWAP_KEPT_BYTES: Final = 4 * MIB
+"""Swap left to the guest: it may swap by itself while the offer is on its way."""
+
 MIN_OFFER_PAGES: Final = 256
 """1 MiB. Less isn't worth two limit writes and a verification, unless it is all that's wished."""
-
-# (below this assigned size; bytes + assigned / divisor). The pieces meet. Without it a guest could
-# be asked to shrink until its own kernel and services have no room.
-# Source: Linux, drivers/hv/hv_balloon.c, compute_balloon_floor.
-_FLOORS: Final = (
-    (128 * MIB, 8 * MIB, 2),
-    (512 * MIB, 40 * MIB, 4),
-    (2048 * MIB, 104 * MIB, 8),
-    (8192 * MIB, 232 * MIB, 16),
-)
-_LARGEST_FLOOR: Final = (488 * MIB, 32)
 
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What the host wants: the balloon's size as it should be and as it is, in pages."""
+    """What the host wants: the balloon's size as it should be and as it is, in pages.
+
+    `swap_pages` may be swapped out for it.
+    """
 
     target_pages: int
     current_pages: int
     urgency: Urgency
+    swap_pages: int = 0
 
     @property
     def missing_pages(self) -> int:
@@ -77,29 +77,27 @@ class Decision:
     """Offer `pages`; or, if that is 0, refuse.
 
     `reason` says what cut the offer and is None only where the whole wish is offered; `detail`
-    is for people.
+    is for people. To keep the offer, `swap_pages` have to be swapped out.
     """
 
     pages: int
     reason: RefusalReason | None = None
     detail: str = ""
+    swap_pages: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Spare:
-    """Bytes that could go now, at least 0, and what keeps the rest."""
+    """Bytes that could go now, at least 0, and what keeps the rest.
+
+    `balance_bytes` is the same below 0, where something would have to go before anything is to
+    spare; None where nothing is to go at all.
+    """
 
     spare_bytes: int
     reason: RefusalReason
     detail: str
-
-
-def floor_bytes(assigned_bytes: int) -> int:
-    """Quota that a guest of this assigned size always keeps. Never more than it has."""
-    base_bytes, divisor = next(
-        (piece[1:] for piece in _FLOORS if assigned_bytes < piece[0]), _LARGEST_FLOOR
-    )
-    return min(assigned_bytes, base_bytes + assigned_bytes // divisor)
+    balance_bytes: int | None = None
 
 
 def decide(
@@ -116,21 +114,76 @@ def decide(
     floor = floor_bytes(assigned_bytes)
     above_floor_bytes = max(0, _quota_bytes(memory, wish.current_pages, assigned_bytes) - floor)
 
-    pages = min(wish.missing_pages, pages_of(above_floor_bytes), pages_of(found.spare_bytes))
-    if pages == wish.missing_pages:
-        return Decision(pages)
+    swappable_bytes = _swappable_bytes(wish, memory, found)
+    spare_bytes = found.spare_bytes
+    if swappable_bytes and found.balance_bytes is not None:
+        spare_bytes = max(0, found.balance_bytes + swappable_bytes)
+
+    pages = min(wish.missing_pages, pages_of(above_floor_bytes), pages_of(spare_bytes))
     if pages < min(MIN_OFFER_PAGES, wish.missing_pages):
         pages = 0
-    if above_floor_bytes < found.spare_bytes:
+    swap_pages = _swap_pages(pages, found, swappable_bytes)
+    by_swapping = f"{_mib(bytes_of(swap_pages))} are swapped out for it" if swap_pages else ""
+    if pages == wish.missing_pages:
+        return Decision(pages, detail=by_swapping, swap_pages=swap_pages)
+    if above_floor_bytes < spare_bytes:
+        reason = RefusalReason.FLOOR
         detail = f"{_mib(floor)} stay with a guest of {_mib(assigned_bytes)}"
-        return Decision(pages, RefusalReason.FLOOR, detail)
-    return Decision(pages, found.reason, found.detail)
+    else:
+        reason, detail = _why_no_more(wish, memory, found)
+    detail = f"{detail}; {by_swapping}" if by_swapping else detail
+    return Decision(pages, reason, detail, swap_pages)
+
+
+def _swappable_bytes(wish: Wish, memory: GuestMemory, found: Spare) -> int:
+    """What may be swapped out now for a wish; 0 unless memory is short and the guest is well."""
+    if wish.urgency is not Urgency.SHORT or found.balance_bytes is None:
+        return 0
+    most_bytes = min(bytes_of(wish.swap_pages), _swap_left_bytes(memory), _anon_bytes(memory))
+    return most_bytes if most_bytes >= bytes_of(MIN_OFFER_PAGES) else 0
+
+
+def _swap_left_bytes(memory: GuestMemory) -> int:
+    return max(0, (memory.swap_free_bytes or 0) - SWAP_KEPT_BYTES)
+
+
+def _anon_bytes(memory: GuestMemory) -> int:
+    """What could be swapped at all: locked pages are on neither list."""
+    return (memory.inactive_anon_bytes or 0) + (memory.active_anon_bytes or 0)
+
+
+def _swap_pages(pages: int, found: Spare, swappable_bytes: int) -> int:
+    """How many pages have to be swapped out for an offer of `pages`."""
+    if not pages or not swappable_bytes or found.balance_bytes is None:
+        return 0
+    needed_bytes = bytes_of(pages) - found.balance_bytes
+    if needed_bytes <= 0:
+        return 0
+    # The kernel's counters can't tell less: so few are allowed for.
+    return max(-(-needed_bytes // PAGE_BYTES), MIN_OFFER_PAGES)
+
+
+def _why_no_more(wish: Wish, memory: GuestMemory, found: Spare) -> tuple[RefusalReason, str]:
+    """What keeps the rest of a wish, in reason and detail, where swap may have to do with it."""
+    left_bytes = _swap_left_bytes(memory)
+    if found.balance_bytes is None or wish.urgency is not Urgency.SHORT:
+        return found.reason, found.detail
+    if not wish.swap_pages:
+        may_not = ", and its balloon may not swap" if left_bytes else ""
+        return found.reason, found.detail + may_not
+    if left_bytes < min(bytes_of(wish.swap_pages), _anon_bytes(memory)):
+        left = f"only {_mib(left_bytes)} of swap are" if left_bytes else "no swap is"
+        return RefusalReason.NO_SWAP, f"{found.detail}, and {left} left for it"
+    return found.reason, found.detail
 
 
 def most_to_give_bytes(
     memory: GuestMemory, estimate: DemandEstimate, current_pages: int, assigned_bytes: int
 ) -> int:
-    """What the guest would give now if memory were short, floor included: for the vitals."""
+    """What the guest would give now if memory were short, floor included: for the vitals.
+
+    Without swapping: that is for the host to allow, wish by wish.
+    """
     found = spare(memory, estimate, current_pages, assigned_bytes, Urgency.SHORT)
     quota_bytes = _quota_bytes(memory, current_pages, assigned_bytes)
     return max(0, min(found.spare_bytes, quota_bytes - floor_bytes(assigned_bytes)))
@@ -171,7 +224,8 @@ def spare(
     margin = max(MARGIN_MIN_BYTES, MARGIN_SHARE * quota_bytes)
     # The wall moves down with the limit: what lies between them is no use to anybody.
     usable_bytes = quota_bytes if memory.wall_bytes is None else min(quota_bytes, memory.wall_bytes)
-    return Spare(max(0, math.floor(usable_bytes - kept_bytes - margin)), reason, detail)
+    balance_bytes = math.floor(usable_bytes - kept_bytes - margin)
+    return Spare(max(0, balance_bytes), reason, detail, balance_bytes)
 
 
 def _trouble(memory: GuestMemory, estimate: DemandEstimate, urgency: Urgency) -> Spare | None:

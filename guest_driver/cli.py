@@ -1,6 +1,7 @@
 """`balloon-guest`: what runs inside a mock VM.
 
     balloon-guest driver --socket=PATH --cgroup=PATH --assigned-pages=N [--frame-order=0|9]
+    balloon-guest run ...        a container's first program; see `run --help`
     balloon-guest workload ...   the demonstration's workload; see `workload --help`
 
 Neither click nor argparse: the driver's memory is the guest's loss, and all that is imported before
@@ -13,6 +14,7 @@ EXIT_USAGE = 2
 EXIT_FAILED = 1
 
 USAGE = """usage: balloon-guest driver --socket=PATH --cgroup=PATH --assigned-pages=N [...]
+       balloon-guest run --help
        balloon-guest workload --help
 
 driver    the balloon driver of this guest
@@ -20,6 +22,7 @@ driver    the balloon driver of this guest
   --cgroup          where the guest sees its own cgroups
   --assigned-pages  size of the guest in 4 KiB pages
   --frame-order     0 for frames of 4 KiB (default), 9 for 2 MiB
+run       a container's first program: the driver beside a command
 workload  the demonstration's workload"""
 
 
@@ -30,6 +33,13 @@ def main(argv: "list[str] | None" = None) -> int:
         from guest_driver.workload import main as workload_main
 
         return workload_main(arguments[1:])
+    if arguments[:1] == ["run"]:
+        from guest_driver import container
+
+        try:
+            return container.run(arguments[1:])
+        except container.RunError as error:
+            return _fail(str(error), EXIT_USAGE)
     if arguments[:1] == ["driver"]:
         options = {"--frame-order": "0"}
         options.update(_split(argument) for argument in arguments[1:])
@@ -46,6 +56,19 @@ def main(argv: "list[str] | None" = None) -> int:
     wants_help = arguments[:1] in (["--help"], ["-h"])
     print(USAGE, file=sys.stdout if wants_help else sys.stderr)
     return 0 if wants_help else EXIT_USAGE
+
+
+def load_driver() -> None:
+    """Import what a driver needs; nothing to do in one that was forked with all of it."""
+    if "guest_driver.driver" in sys.modules:
+        return
+    from importlib import import_module
+
+    from guest_driver import diet
+
+    diet.before_imports()
+    import_module("guest_driver.driver")
+    diet.after_imports()
 
 
 def _split(argument: str) -> "tuple[str, str]":
@@ -71,9 +94,7 @@ def _run_driver(
         process = pseudo_process.start(assigned_pages, frame_order)
     except memory.ArenaError as error:
         return _fail(str(error), EXIT_FAILED)
-    from guest_driver import diet
-
-    diet.before_imports()
+    load_driver()
     import logging
 
     import trio
@@ -82,7 +103,6 @@ def _run_driver(
     from guest_driver.reservoir import PseudoProcessDied
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    diet.after_imports()
     config = DriverConfig(socket_path, cgroup_path, assigned_pages)
     status = 0
     try:

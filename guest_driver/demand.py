@@ -14,8 +14,10 @@ The law, from top to bottom:
    tells how much more is wanted. One window is about one round of a workload, so that the
    figure neither misses a slow one by much nor multiplies a fast one: what is still missing
    after a step refaults again, and gives the next step.
-4. At the limit (within AT_LIMIT_SHARE of it) anonymous memory that grows is projected ahead by
-   GROWTH_LOOKAHEAD_S, since there its growth eats the cache, and then kills.
+4. At the limit (within AT_LIMIT_SHARE of it, or of the wall where there is one) anonymous memory
+   that grows is projected ahead by GROWTH_LOOKAHEAD_S, since there its growth eats the cache, and
+   then kills. And what came back from swap within the window is wanted on top, as evicted cache
+   is: it has pushed out something else.
 5. Need is the sum, plus headroom: HEADROOM_SHARE of it, at least HEADROOM_MIN_BYTES. Room for
    the next fork, and for the error of the kernel's page counters.
 6. Demand rises to need at once and falls towards it with DEMAND_HALF_LIFE_S, and is bounded by
@@ -84,6 +86,7 @@ class DemandEstimate:
     remembered_bytes: float = 0.0
     recent_refault_bytes: float = 0.0
     recent_swap_bytes: float = 0.0
+    recent_swap_in_bytes: float = 0.0
     recent_growth_bytes: float = 0.0
     oom_kill_at_s: float | None = None
 
@@ -151,9 +154,8 @@ def next_estimate(
     fade = math.exp(-elapsed_s / REFAULT_WINDOW_S)
     last = before.last
 
-    swapped_bytes = _rise(last.swap_used_bytes, memory.swap_used_bytes) + _rise(
-        last.refault_anon_bytes_total, memory.refault_anon_bytes_total
-    )
+    swapped_in_bytes = _rise(last.refault_anon_bytes_total, memory.refault_anon_bytes_total)
+    swapped_bytes = _rise(last.swap_used_bytes, memory.swap_used_bytes) + swapped_in_bytes
     refaulted_bytes = _rise(last.refault_bytes_total, memory.refault_bytes_total)
     grown_bytes = _rise(last.anon_bytes, memory.anon_bytes)
     killed = _rise(last.oom_kills_total, memory.oom_kills_total) > 0
@@ -163,6 +165,7 @@ def next_estimate(
         remembered_bytes=before.remembered_bytes,
         recent_refault_bytes=before.recent_refault_bytes * fade + refaulted_bytes,
         recent_swap_bytes=before.recent_swap_bytes * fade + swapped_bytes,
+        recent_swap_in_bytes=before.recent_swap_in_bytes * fade + swapped_in_bytes,
         recent_growth_bytes=before.recent_growth_bytes * fade + grown_bytes,
         oom_kill_at_s=clock_s if killed else before.oom_kill_at_s,
     )
@@ -197,11 +200,17 @@ def _need_bytes(estimate: DemandEstimate, memory: GuestMemory, working_set: int)
     need_bytes = float(working_set)
     if estimate.is_refaulting:
         need_bytes = max(need_bytes, memory.usage_bytes or 0) + estimate.recent_refault_bytes
-    limit_bytes, usage_bytes = memory.limit_bytes, memory.usage_bytes
-    if limit_bytes is not None and (usage_bytes or 0) >= AT_LIMIT_SHARE * limit_bytes:
+    if _is_at_limit(memory):
         growth_bytes_per_s = estimate.recent_growth_bytes / REFAULT_WINDOW_S
         need_bytes += growth_bytes_per_s * GROWTH_LOOKAHEAD_S
+        if estimate.recent_swap_in_bytes > SWAP_NOISE_BYTES:
+            need_bytes += estimate.recent_swap_in_bytes
     return need_bytes + headroom_bytes(need_bytes)
+
+
+def _is_at_limit(memory: GuestMemory) -> bool:
+    limits = [limit for limit in (memory.limit_bytes, memory.wall_bytes) if limit is not None]
+    return bool(limits) and (memory.usage_bytes or 0) >= AT_LIMIT_SHARE * min(limits)
 
 
 def _rise(before: int | None, now: int | None) -> int:

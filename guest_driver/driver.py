@@ -14,16 +14,18 @@ import math
 import signal
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final
 
 import trio
 
+from guest_driver.activity import ActivitySampler, Touched, active_fraction, pause_s
 from guest_driver.balloon import Decision, Wish, decide, most_to_give_bytes
 from guest_driver.demand import DemandEstimate, next_estimate
 from guest_driver.frame_states import FrameState
 from guest_driver.pseudo_process import PseudoProcess
 from guest_driver.reservoir import NoRoom, PseudoProcessDied, Reservoir, ReservoirClosed
-from guest_driver.vitals import GuestMemory, VitalsReader
+from guest_driver.vitals import WORKLOAD_NAME, GuestMemory, VitalsReader
 from protocol.channel import Channel
 from protocol.connection import Connection
 from protocol.errors import ChannelError
@@ -97,6 +99,8 @@ class Driver:
         self._vitals = VitalsReader(config.cgroup_path)
         self._memory = GuestMemory()
         self._estimate: DemandEstimate | None = None
+        self._activity = ActivitySampler(Path(config.cgroup_path) / WORKLOAD_NAME)
+        self._touched: Touched | None = None
 
     async def run(self) -> None:
         """Drive the balloon until SIGTERM or SIGINT. Raises PseudoProcessDied."""
@@ -105,6 +109,7 @@ class Driver:
                 async with trio.open_nursery() as nursery:
                     await nursery.start(self._reservoir.run)
                     nursery.start_soon(self._stop_on_signal, nursery.cancel_scope)
+                    nursery.start_soon(self._sample_activity)
                     await self._keep_connected()
             finally:
                 await self._reservoir.aclose()
@@ -151,6 +156,22 @@ class Driver:
                         await self._reservoir.release(frames, FrameState.FREE)
 
     # The guest's own view
+
+    async def _sample_activity(self) -> None:
+        while True:
+            estimate = self._estimate
+            if estimate is not None and (estimate.is_refaulting or estimate.is_swapping):
+                self._activity.skip()
+                self._touched = None
+            else:
+                self._touched = await trio.to_thread.run_sync(
+                    self._activity.sample, abandon_on_cancel=True
+                )
+            await trio.sleep(pause_s(self._activity.took_s))
+
+    def active_fraction(self) -> float | None:
+        """How much of the guest's memory was in use lately, as of the last look."""
+        return active_fraction(self._touched, self._memory)
 
     def look(self) -> tuple[GuestMemory, DemandEstimate]:
         """Read the guest's statistics and bring the estimate up to date."""
@@ -294,7 +315,7 @@ class Conversation:
         memory, estimate = self._driver.look()
         actual_pages = self._reservoir.states.count(FrameState.CLAIMED)
         decision = decide(
-            Wish(target.balloon_pages, actual_pages, target.urgency),
+            Wish(target.balloon_pages, actual_pages, target.urgency, target.swap_pages),
             memory,
             estimate,
             bytes_of(self._config.assigned_pages),
@@ -358,7 +379,8 @@ class Conversation:
             actual_pages = self._reservoir.states.count(FrameState.CLAIMED)
             assigned_bytes = bytes_of(self._config.assigned_pages)
             could_give = most_to_give_bytes(memory, estimate, actual_pages, assigned_bytes)
-            await channel.send(_vitals(memory, estimate, could_give))
+            active = self._driver.active_fraction()
+            await channel.send(_vitals(memory, estimate, could_give, active))
             await trio.sleep(interval_s)
 
 
@@ -367,11 +389,14 @@ def _answer(target: Target, decision: Decision, frame_order: int) -> Offer | Ref
     pages = decision.pages - decision.pages % (1 << frame_order)
     detail = one_line(decision.detail)
     if pages:
-        return Offer(target.target_id, pages, decision.reason, detail)
+        swap_pages = max(0, decision.swap_pages - (decision.pages - pages))
+        return Offer(target.target_id, pages, decision.reason, detail, swap_pages)
     return Refusal(target.target_id, decision.reason or RefusalReason.WORKING_SET, detail)
 
 
-def _vitals(memory: GuestMemory, estimate: DemandEstimate, spare_bytes: int) -> Vitals:
+def _vitals(
+    memory: GuestMemory, estimate: DemandEstimate, spare_bytes: int, active: float | None
+) -> Vitals:
     return Vitals(
         clock_s=estimate.clock_s,
         limit_bytes=memory.limit_bytes,
@@ -390,8 +415,10 @@ def _vitals(memory: GuestMemory, estimate: DemandEstimate, spare_bytes: int) -> 
         swap_free_bytes=memory.swap_free_bytes,
         pressure_some_avg10=memory.pressure_some_avg10,
         pressure_full_avg10=memory.pressure_full_avg10,
+        pressure_some_total_s=memory.pressure_some_total_s,
         oom_kills_total=memory.oom_kills_total,
         working_set_bytes=estimate.working_set_bytes,
         demand_bytes=estimate.demand_bytes,
         spare_bytes=spare_bytes,
+        active_fraction=active,
     )

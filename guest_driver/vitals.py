@@ -23,6 +23,9 @@ from typing import Final
 
 from protocol.units import PAGE_BYTES
 
+WORKLOAD_NAME: Final = "workload"
+"""The workload's cgroup, below the VM's."""
+
 _READ_BYTES: Final = 16 * 1024
 """One pread gets a whole file: memory.stat is 1 KiB on v1 and 1.5-2 KiB on v2."""
 
@@ -36,7 +39,6 @@ _V1_FILES: Final = {
     "kernel": "memory.kmem.usage_in_bytes",
     "events": "memory.oom_control",
     "swap_limit": "memory.memsw.limit_in_bytes",
-    "swap_usage": "memory.memsw.usage_in_bytes",
     "pressure": "memory.pressure",  # no v1 kernel has it today
 }
 _V2_FILES: Final = {
@@ -98,7 +100,8 @@ class GuestMemory:
     reclaim and to slow the guest, below its limit; None on v1, which has no such thing.
     `file_bytes` contains `shmem_bytes` (as the
     kernel counts it), which only swap could free; the `*_file_bytes` of the LRU lists don't.
-    Totals count since the cgroup was made. Pressures are percentages of the last 10 s.
+    Totals count since the cgroup was made. Pressures are percentages of the last 10 s; the
+    total is how long some task waited for memory in all.
     """
 
     limit_bytes: int | None = None
@@ -123,6 +126,7 @@ class GuestMemory:
     swap_free_bytes: int | None = None
     pressure_some_avg10: float | None = None
     pressure_full_avg10: float | None = None
+    pressure_some_total_s: float | None = None
     oom_kills_total: int | None = None
 
 
@@ -143,7 +147,7 @@ class VitalsReader:
     def __init__(
         self,
         cgroup_path: Path | str,
-        workload_name: str = "workload",
+        workload_name: str = WORKLOAD_NAME,
         *,
         swaps_path: Path | str = "/proc/swaps",
     ) -> None:
@@ -214,9 +218,9 @@ class VitalsReader:
 
     def _read_v1(self, usage_bytes: int | None) -> GuestMemory:
         stat = _pairs(self._text("stat"))
-        # Swapping out moves a page from memory to swap and leaves memsw as it is: what memsw
-        # leaves is how much further memory and swap together may grow.
-        room = _difference(_limit(self._text("swap_limit")), _number(self._text("swap_usage")))
+        # memsw limits memory and swap together: what it is above the limit is the guest's swap.
+        allowed = _difference(_limit(self._text("swap_limit")), _limit(self._text("limit")))
+        room = _difference(allowed, _value(stat, _V1_STAT["swap"]))
         return self._compose(
             stat,
             _V1_STAT,
@@ -253,7 +257,7 @@ class VitalsReader:
         swap_used_bytes: int | None,
         swap_room_bytes: int | None,
     ) -> GuestMemory:
-        some_avg10, full_avg10 = _pressures(self._text("pressure"))
+        pressures = _pressures(self._text("pressure"))
         swap_free_bytes = _swap_free_bytes(self._text("swaps"))
         if swap_free_bytes is not None and swap_room_bytes is not None:
             swap_free_bytes = min(swap_free_bytes, swap_room_bytes)
@@ -278,8 +282,9 @@ class VitalsReader:
             major_faults_total=_value(stat, names["major_faults"]),
             swap_used_bytes=swap_used_bytes,
             swap_free_bytes=swap_free_bytes,
-            pressure_some_avg10=some_avg10,
-            pressure_full_avg10=full_avg10,
+            pressure_some_avg10=pressures.some_avg10,
+            pressure_full_avg10=pressures.full_avg10,
+            pressure_some_total_s=pressures.some_total_s,
             oom_kills_total=_value(_pairs(self._text("events")), b"oom_kill"),
         )
 
@@ -316,17 +321,28 @@ def _difference(whole_bytes: int | None, part_bytes: int | None) -> int | None:
     return max(0, whole_bytes - part_bytes)
 
 
-def _pressures(text: bytes | None) -> tuple[float | None, float | None]:
-    """`some` and `full` avg10 of lines like `some avg10=0.00 avg60=0.00 avg300=0.00 total=0`."""
-    found: dict[bytes, float] = {}
+@dataclass(frozen=True, slots=True)
+class _Pressures:
+    some_avg10: float | None = None
+    full_avg10: float | None = None
+    some_total_s: float | None = None
+
+
+def _pressures(text: bytes | None) -> _Pressures:
+    """Lines like `some avg10=0.00 avg60=0.00 avg300=0.00 total=0`; the total is in us."""
+    found: dict[tuple[bytes, bytes], float] = {}
     for line in (text or b"").splitlines():
         words = line.split()
         for word in words[1:]:
             key, _, value = word.partition(b"=")
-            if key == b"avg10":
-                with contextlib.suppress(ValueError):
-                    found[words[0]] = float(value)
-    return found.get(b"some"), found.get(b"full")
+            with contextlib.suppress(ValueError):
+                found[words[0], key] = float(value)
+    total_us = found.get((b"some", b"total"))
+    return _Pressures(
+        some_avg10=found.get((b"some", b"avg10")),
+        full_avg10=found.get((b"full", b"avg10")),
+        some_total_s=None if total_us is None else total_us / 1e6,
+    )
 
 
 def _swap_free_bytes(text: bytes | None) -> int | None:

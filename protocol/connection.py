@@ -13,7 +13,7 @@ from protocol.codec import decode, encode
 from protocol.errors import ChannelBroken, ChannelError, LocalProtocolError, RemoteProtocolError
 from protocol.framing import FrameDecoder, framed
 from protocol.inflation import Inflation
-from protocol.messages import Goodbye, Hello, Message, Reset, Welcome
+from protocol.messages import Goodbye, Hello, Message, Reset, Target, Welcome
 from protocol.negotiation import welcome_fault
 from protocol.transitions import (
     HEARD_BY_THE_DEAF,
@@ -24,7 +24,7 @@ from protocol.transitions import (
     HearingStep,
     SessionState,
 )
-from protocol.vocabulary import Role
+from protocol.vocabulary import SWAP_FEATURE, Role
 
 
 class Connection:
@@ -40,6 +40,7 @@ class Connection:
         self._hearing = Hearing.LISTENING
         self._inflation = Inflation()
         self._hello: Hello | None = None
+        self._features: tuple[str, ...] = ()
         self._frames = FrameDecoder()
         self._ended = False
         self._failure: ChannelError | None = None
@@ -58,6 +59,11 @@ class Connection:
     def inflation(self) -> Inflation:
         """Where the newest target stands. To be looked at, not changed; another after a Reset."""
         return self._inflation
+
+    @property
+    def may_swap(self) -> bool:
+        """Whether both ends know what it means that a guest may swap."""
+        return SWAP_FEATURE in self._features
 
     def send(self, message: Message) -> bytes:
         """The bytes that say this message, all of which are then to be sent, in this order.
@@ -158,12 +164,16 @@ class Connection:
             return f"the session is {self._session}"
         if isinstance(message, Welcome) and self._hello is not None:
             fault = welcome_fault(self._hello, message)
+        elif isinstance(message, Target) and message.swap_pages and not self.may_swap:
+            fault = f"the feature {SWAP_FEATURE!r} was not agreed on"
         else:
             fault = self._inflation.accept(message)
         if fault is not None:
             return fault
         if isinstance(message, Hello):
             self._hello = message
+        elif isinstance(message, Welcome):
+            self._features = message.features
         if after is SessionState.START:
             self._inflation = Inflation()
         self._session = after

@@ -32,7 +32,7 @@ from protocol.transitions import (
     ReportState,
     ReportStep,
 )
-from protocol.vocabulary import MAX_OPEN_REPORTS
+from protocol.vocabulary import MAX_OPEN_REPORTS, RefusalReason
 
 
 @dataclass(slots=True)
@@ -62,6 +62,8 @@ class Inflation:
         """Of the newest target; None before the first."""
         self.offered_pages = 0
         """Of the offer to the newest target; 0 before there is one."""
+        self.swap_pages = 0
+        """That the newest target allows to be swapped out."""
         self.reservation: Reservation | None = None
         self.open_reports: dict[int, OpenReport] = {}
         self._last_report_id: int | None = None
@@ -82,6 +84,7 @@ class Inflation:
         if self.target_id is not None and message.target_id <= self.target_id:
             return f"target {message.target_id} does not come after target {self.target_id}"
         self.target_id = message.target_id
+        self.swap_pages = message.swap_pages
         self.offered_pages = 0  # an offer for the older target may be known to the guest alone
         self.state = INFLATION[self.state][Target]
         return None
@@ -91,6 +94,8 @@ class Inflation:
             return fault
         if self.reservation is not None:
             return f"the reservation of target {self.reservation.target_id} is still open"
+        if message.swap_pages > self.swap_pages:
+            return f"{message.swap_pages} pages are more than the {self.swap_pages} to be swapped"
         self.offered_pages = message.pages
         self.state = INFLATION[self.state][Offer]
         return None
@@ -178,6 +183,12 @@ class Inflation:
         """Offer, Refusal, Reserve, Decline: about the newest target, and in the table."""
         if target_id != self.target_id:
             return f"target {target_id} is not the newest, {self.target_id}"
+        if (
+            isinstance(message, Offer | Refusal)
+            and message.reason is RefusalReason.NO_SWAP
+            and not self.swap_pages
+        ):
+            return "it was not asked to swap"
         if type(message) not in INFLATION[self.state]:
             return f"the inflation is {self.state}"
         return None

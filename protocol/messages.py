@@ -68,7 +68,9 @@ Features = Annotated[tuple[str, ...], TupleOf(Text(MAX_FEATURE_CHARS, 1), MAX_FE
 SomeFrames = Annotated[PageFrames, FrameList()]
 AnyFrames = Annotated[PageFrames, FrameList(may_be_empty=True)]
 Amount = Annotated[int, Whole(0, MAX_AMOUNT)]
+Seconds = Annotated[float, Real(0.0, math.inf)]
 Percent = Annotated[float, Real(0.0, MAX_PERCENT)]
+Fraction = Annotated[float, Real(0.0, 1.0)]
 RejectedFrames = Annotated[
     tuple[tuple[PageFrames, RejectionReason], ...],
     TupleOf(Pair(FrameList(), OneOf(RejectionReason)), len(RejectionReason), 1),
@@ -131,22 +133,30 @@ class Welcome(Message):
 @wire_message
 @dataclass(frozen=True, slots=True)
 class Target(Message):
-    """The host wants the balloon to have `balloon_pages` pages in all; replaces older targets."""
+    """The host wants the balloon to have `balloon_pages` pages in all; replaces older targets.
+
+    For that the guest may swap out up to `swap_pages` of its memory, if it thinks fit.
+    """
 
     target_id: Id
     balloon_pages: Pages
     urgency: Urgency
+    swap_pages: Pages = 0
 
 
 @wire_message
 @dataclass(frozen=True, slots=True)
 class Offer(Message):
-    """The guest can spare `pages` more pages now; `reason` says why less than wanted."""
+    """The guest can spare `pages` more pages now; `reason` says why less than wanted.
+
+    To spare them it swaps out up to `swap_pages` of its memory.
+    """
 
     target_id: Id
     pages: SomePages
     reason: RefusalReason | None = None
     detail: Line = ""
+    swap_pages: Pages = 0
 
 
 @wire_message
@@ -266,12 +276,12 @@ class Return(Message):
 class Vitals(Message):
     """The guest's statistics. None means unknown, never 0.
 
-    `clock_s` is the guest's monotonic clock; totals are cumulative. The last three are the
-    driver's estimates. Every value replaces the one before: a statistic that is absent now is
-    unknown now.
+    `clock_s` is the guest's monotonic clock; totals are cumulative. The last four are the
+    driver's estimates; `active_fraction` is the part of its memory that was in use lately. Every
+    value replaces the one before: a statistic that is absent now is unknown now.
     """
 
-    clock_s: Annotated[float, Real(0.0, math.inf)]
+    clock_s: Seconds
     limit_bytes: Amount | None = None
     usage_bytes: Amount | None = None
     anon_bytes: Amount | None = None
@@ -288,10 +298,12 @@ class Vitals(Message):
     swap_free_bytes: Amount | None = None
     pressure_some_avg10: Percent | None = None
     pressure_full_avg10: Percent | None = None
+    pressure_some_total_s: Seconds | None = None
     oom_kills_total: Amount | None = None
     working_set_bytes: Amount | None = None
     demand_bytes: Amount | None = None
     spare_bytes: Amount | None = None
+    active_fraction: Fraction | None = None
 
 
 @wire_message

@@ -15,8 +15,12 @@ PROTOCOL_VERSION: Final = 1
 OLDEST_PROTOCOL_VERSION: Final = 1
 """The oldest one that it still speaks."""
 
-SUPPORTED_FEATURES: Final[tuple[str, ...]] = ()
-"""Optional abilities of this code beyond its version; none yet."""
+SWAP_FEATURE: Final = "swap"
+"""The host may allow a guest to swap for its balloon: `Target.swap_pages`, `Offer.swap_pages` and
+the reason `no_swap`, none of which is used without it."""
+
+SUPPORTED_FEATURES: Final[tuple[str, ...]] = (SWAP_FEATURE,)
+"""Optional abilities of this code beyond its version."""
 
 MAX_VERSION: Final = 2**16 - 1
 """Room for versions that nobody will count; keeps the field small."""
@@ -33,7 +37,7 @@ MAX_TEXT_CHARS: Final = 512
 """A reason for a person to read in one log line; not a place for a stack trace."""
 
 MAX_FEATURES: Final = 32
-"""Optional abilities named in a greeting; version 1 has none."""
+"""Optional abilities named in a greeting; version 1 has one."""
 
 MAX_FEATURE_CHARS: Final = 64
 """A feature's name is an identifier."""
@@ -86,7 +90,7 @@ class Urgency(StrEnum):
     CALM = "calm"
     """Only what costs the guest nothing noticeable."""
     SHORT = "short"
-    """Page cache may be given up too; never anonymous memory, never swap."""
+    """Page cache may be given up too; anonymous memory only as far as swapping is allowed."""
 
 
 class RefusalReason(StrEnum):
@@ -102,6 +106,8 @@ class RefusalReason(StrEnum):
     """Evicted page cache is being read again."""
     SWAPPING = "swapping"
     """The guest swaps."""
+    NO_SWAP = "no_swap"
+    """Swapping was allowed, and no swap space is left for it."""
     PRESSURE = "pressure"
     """Tasks stall for memory (PSI)."""
     NO_MEMORY = "no_memory"

@@ -11,11 +11,11 @@ from guest_driver.balloon import (
     Decision,
     Wish,
     decide,
-    floor_bytes,
     spare,
 )
 from guest_driver.demand import DemandEstimate, next_estimate, pinned_bytes
 from guest_driver.vitals import GuestMemory
+from protocol.guest_floor import floor_bytes
 from protocol.units import GIB, MIB, bytes_of, pages_of
 from protocol.vocabulary import MAX_TEXT_CHARS, RefusalReason, Urgency
 
@@ -56,9 +56,10 @@ def _decide(
     *,
     current_mib: int = 0,
     assigned_bytes: int = ASSIGNED,
+    swap_mib: int = 0,
 ) -> Decision:
     current = pages_of(current_mib * MIB)
-    wish = Wish(current + pages_of(wish_mib * MIB), current, urgency)
+    wish = Wish(current + pages_of(wish_mib * MIB), current, urgency, pages_of(swap_mib * MIB))
     return decide(wish, memory, estimate or _estimate(memory), assigned_bytes)
 
 
@@ -107,7 +108,7 @@ def test_programs_keep_their_mapped_text() -> None:
     assert "150 MiB of 256 MiB is in use" in _decide(mapped, 200, SHORT).detail
 
 
-def test_anonymous_memory_is_never_offered_even_with_swap() -> None:
+def test_anonymous_memory_is_not_offered_for_swap_unless_that_is_allowed() -> None:
     memory = _changed(
         limit_bytes=200 * MIB,
         usage_bytes=196 * MIB,
@@ -120,6 +121,105 @@ def test_anonymous_memory_is_never_offered_even_with_swap() -> None:
         decision = _decide(memory, 10, urgency)
         assert decision.pages == 0
         assert decision.reason is RefusalReason.WORKING_SET
+        assert decision.detail.endswith("may not swap") is (urgency is SHORT)
+
+
+# 190 of 200 MiB in use, 150 of them anonymous and 40 idle cache.
+FULL = _changed(
+    limit_bytes=200 * MIB,
+    usage_bytes=190 * MIB,
+    anon_bytes=150 * MIB,
+    inactive_anon_bytes=150 * MIB,
+    active_anon_bytes=0,
+    inactive_file_bytes=40 * MIB,
+    active_file_bytes=0,
+    kernel_bytes=0,
+    swap_free_bytes=128 * MIB,
+)
+WITHOUT_SWAPPING_MIB = 200 - 154 - 4  # 4 of the cache stay, and a margin of 4
+
+
+def _full(memory: GuestMemory, wish_mib: int, urgency: Urgency, swap_mib: int) -> Decision:
+    estimate = _estimate(memory)
+    return _decide(memory, wish_mib, urgency, estimate, assigned_bytes=200 * MIB, swap_mib=swap_mib)
+
+
+def test_a_full_guest_does_not_swap_for_its_balloon() -> None:
+    decision = _full(FULL, 100, SHORT, 0)
+    assert (decision.pages, decision.swap_pages) == (pages_of(WITHOUT_SWAPPING_MIB * MIB), 0)
+    assert decision.reason is RefusalReason.WORKING_SET
+    assert decision.detail == (
+        "154 MiB of 200 MiB is in use and cannot be dropped, and its balloon may not swap"
+    )
+
+
+def test_where_it_is_allowed_the_rest_comes_from_swap() -> None:
+    decision = _full(FULL, 90, SHORT, 100)
+    assert bytes_of(decision.pages) == 90 * MIB
+    assert bytes_of(decision.swap_pages) == (90 - WITHOUT_SWAPPING_MIB) * MIB
+    assert decision.reason is None
+    assert decision.detail == "48 MiB are swapped out for it"
+
+
+def test_no_more_is_swapped_than_is_allowed() -> None:
+    decision = _full(FULL, 100, SHORT, 10)
+    assert bytes_of(decision.pages) == (WITHOUT_SWAPPING_MIB + 10) * MIB
+    assert bytes_of(decision.swap_pages) == 10 * MIB
+    assert decision.reason is RefusalReason.WORKING_SET
+    assert decision.detail.endswith("; 10 MiB are swapped out for it")
+
+
+def test_no_more_is_swapped_than_there_is_swap_left() -> None:
+    decision = _full(dataclasses.replace(FULL, swap_free_bytes=12 * MIB), 100, SHORT, 100)
+    assert bytes_of(decision.swap_pages) == (12 - 4) * MIB
+    assert decision.reason is RefusalReason.NO_SWAP
+    assert "only 8 MiB of swap are left for it" in decision.detail
+
+
+@pytest.mark.parametrize("left_bytes", [0, 4 * MIB, None])
+def test_without_swap_left_it_refuses_and_says_so(left_bytes: int | None) -> None:
+    full = dataclasses.replace(
+        FULL, swap_free_bytes=left_bytes, usage_bytes=199 * MIB, anon_bytes=190 * MIB
+    )
+    full = dataclasses.replace(full, inactive_anon_bytes=190 * MIB, inactive_file_bytes=4 * MIB)
+    decision = _full(full, 100, SHORT, 100)
+    assert (decision.pages, decision.swap_pages) == (0, 0)
+    assert decision.reason is RefusalReason.NO_SWAP
+    assert decision.detail.endswith("and no swap is left for it")
+
+
+def test_swapping_is_for_when_memory_is_short() -> None:
+    assert _full(FULL, 90, CALM, 100) == _full(FULL, 90, CALM, 0)
+
+
+def test_cache_goes_before_anything_is_swapped() -> None:
+    assert _full(FULL, WITHOUT_SWAPPING_MIB, SHORT, 100) == _full(
+        FULL, WITHOUT_SWAPPING_MIB, SHORT, 0
+    )
+
+
+def test_locked_memory_is_not_offered_for_swap() -> None:
+    locked = dataclasses.replace(FULL, inactive_anon_bytes=20 * MIB, unevictable_bytes=130 * MIB)
+    decision = _full(locked, 100, SHORT, 100)
+    assert bytes_of(decision.swap_pages) == 20 * MIB
+    assert decision.reason is RefusalReason.WORKING_SET
+
+
+def test_a_guest_that_is_over_its_margin_swaps_for_that_as_well() -> None:
+    """Nothing is to spare before 6 MiB have gone: they are part of what has to be swapped."""
+    over = dataclasses.replace(
+        FULL, usage_bytes=202 * MIB, inactive_anon_bytes=196 * MIB, inactive_file_bytes=0
+    )
+    decision = _full(over, 20, SHORT, 100)
+    assert bytes_of(decision.pages) == 20 * MIB
+    assert bytes_of(decision.swap_pages) == 26 * MIB
+
+
+def test_the_floor_holds_whatever_may_be_swapped() -> None:
+    decision = _full(dataclasses.replace(FULL, swap_free_bytes=GIB), 150, SHORT, 500)
+    assert bytes_of(decision.pages) == 200 * MIB - floor_bytes(200 * MIB)
+    assert decision.reason is RefusalReason.FLOOR
+    assert decision.detail.endswith("are swapped out for it")
 
 
 def test_where_there_is_swap_active_cache_stays() -> None:
@@ -169,7 +269,7 @@ def test_a_swapping_guest_gives_nothing() -> None:
     memory = _changed(swap_used_bytes=20 * MIB)
     estimate = next_estimate(_estimate(MEMORY), memory, 0.25, ASSIGNED)
     for urgency in Urgency:
-        decision = _decide(memory, 10, urgency, estimate)
+        decision = _decide(memory, 10, urgency, estimate, swap_mib=100)
         assert (decision.pages, decision.reason) == (0, RefusalReason.SWAPPING)
         assert decision.detail == "20 MiB were swapped in the last second"
 

@@ -130,6 +130,29 @@ def test_anonymous_growth_counts_ahead_at_the_limit_only() -> None:
     assert _demand(estimate) - _demand(away) >= 20 * MIB * GROWTH_LOOKAHEAD_S
 
 
+def test_growth_counts_at_the_wall_as_well() -> None:
+    """On version 2 a guest is slowed at its wall: it never comes near its limit by itself."""
+    grown = dataclasses.replace(CALM, anon_bytes=80 * MIB)
+    at_wall = dataclasses.replace(grown, limit_bytes=128 * MIB, wall_bytes=121 * MIB)
+    calm = _settled(CALM)
+    estimate = next_estimate(calm, at_wall, calm.clock_s + 0.25, GIB)
+    assert _demand(estimate) - _demand(_settled(grown)) >= 20 * MIB * GROWTH_LOOKAHEAD_S
+
+
+def test_what_comes_back_from_swap_is_wanted_on_top_at_the_limit_only() -> None:
+    swapped = dataclasses.replace(CALM, swap_used_bytes=50 * MIB, refault_anon_bytes_total=0)
+    calm = _settled(swapped)
+    back = dataclasses.replace(swapped, refault_anon_bytes_total=20 * MIB)
+    away = next_estimate(calm, back, calm.clock_s + 0.25, GIB)
+    assert away.demand_bytes == calm.demand_bytes
+    at_limit = dataclasses.replace(back, limit_bytes=121 * MIB)
+    estimate = next_estimate(calm, at_limit, calm.clock_s + 0.25, GIB)
+    assert _demand(estimate) - _demand(away) >= 20 * MIB
+    # What went out is no need: nobody has asked for it yet.
+    out = dataclasses.replace(swapped, swap_used_bytes=70 * MIB, limit_bytes=121 * MIB)
+    assert next_estimate(calm, out, calm.clock_s + 0.25, GIB).demand_bytes == calm.demand_bytes
+
+
 def test_demand_is_bounded_by_the_assigned_size_and_forgets_from_there() -> None:
     estimate = next_estimate(None, CALM, 0.0, 80 * MIB)
     assert estimate.demand_bytes == 80 * MIB

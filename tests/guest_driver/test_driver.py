@@ -1,6 +1,7 @@
 """The driver against a scripted host, on a real socket and with real pages."""
 
 import ctypes
+import dataclasses
 import logging
 import os
 import signal
@@ -26,6 +27,7 @@ from guest_driver.driver import (
 )
 from guest_driver.pseudo_process import PseudoProcess
 from guest_driver.reservoir import PseudoProcessDied
+from guest_driver.vitals import VitalsReader
 from protocol.channel import Channel
 from protocol.connection import Connection
 from protocol.errors import ChannelBroken
@@ -49,8 +51,8 @@ from protocol.messages import (
     Welcome,
 )
 from protocol.page_frames import PageFrames
-from protocol.units import MIB, PAGE_BYTES, pages_of
-from protocol.vocabulary import RefusalReason, RejectionReason, Role, Urgency
+from protocol.units import GIB, MIB, PAGE_BYTES, pages_of
+from protocol.vocabulary import SWAP_FEATURE, RefusalReason, RejectionReason, Role, Urgency
 
 pytestmark = pytest.mark.effects
 
@@ -85,6 +87,15 @@ class Guest:
         }
         for name, content in files.items():
             (self.workload / name).write_text(str(content))
+
+    def can_swap(self, swap_bytes: int) -> None:
+        """Its VM has so much swap, of which nothing is in use, on a machine that has 1 GiB."""
+        swaps = self.workload.parent / "swaps"
+        swaps.write_text(f"Filename Type Size Used Priority\n/swap file {GIB // 1024} 0 -2\n")
+        (self.workload / "memory.memsw.limit_in_bytes").write_text(str(ASSIGNED + swap_bytes))
+        with (self.workload / "memory.stat").open("a") as stat:
+            stat.write(f"total_inactive_anon {ASSIGNED}\ntotal_active_anon 0\ntotal_swap 0\n")
+        self.driver._vitals = VitalsReader(self.workload.parent, swaps_path=swaps)
 
     @property
     def present(self) -> PageFrames:
@@ -162,6 +173,9 @@ class Host:
                 return reports, message
             if isinstance(message, Report):
                 reports.append(message)
+
+
+NONE = PageFrames.empty()
 
 
 def welcome_of(claimed: PageFrames) -> Welcome:
@@ -242,6 +256,33 @@ def test_the_greeting_says_where_the_arena_is(run: Run) -> None:
         assert (vitals.usage_bytes, vitals.limit_bytes) == (32 * MIB, ASSIGNED)
         assert vitals.spare_bytes is not None
         assert 0 < vitals.spare_bytes < ASSIGNED - 32 * MIB
+
+    run(body)
+
+
+def test_what_is_swapped_is_what_the_host_allows_and_the_guest_thinks_fit(run: Run) -> None:
+    async def body(guest: Guest, host: Host) -> None:
+        guest.uses(ASSIGNED - 8 * MIB)
+        guest.can_swap(64 * MIB)
+        await host.accept()
+        await host.say(dataclasses.replace(welcome_of(NONE), features=(SWAP_FEATURE,)))
+        wanted = pages_of(40 * MIB)
+        await host.say(Target(0, wanted, Urgency.SHORT))
+        assert (await host.hear(Refusal)).detail.endswith("and its balloon may not swap")
+        await host.say(Target(1, wanted, Urgency.CALM, swap_pages=wanted))
+        assert (await host.hear(Refusal)).reason is RefusalReason.WORKING_SET
+        await host.say(Target(2, wanted, Urgency.SHORT, swap_pages=wanted))
+        offer = await host.hear(Offer)
+        assert (offer.pages, offer.reason) != (0, None)
+        assert 0 < offer.pages <= offer.swap_pages <= wanted
+        assert offer.detail.endswith("are swapped out for it")
+        await host.say(Decline(2))
+        guest.uses(ASSIGNED - 8 * MIB)
+        guest.can_swap(2 * MIB)
+        await host.say(Target(3, wanted, Urgency.SHORT, swap_pages=wanted))
+        refusal = await host.hear(Refusal)
+        assert refusal.reason is RefusalReason.NO_SWAP
+        assert refusal.detail.endswith("and no swap is left for it")
 
     run(body)
 

@@ -379,25 +379,33 @@ def cgroup() -> Iterator[Path]:
 def test_below_its_need_it_lives_on_and_its_latency_shows_it(cgroup: Path, tmp_path: Path) -> None:
     """Cache that does not fit is read from the disk again and again; nobody is killed."""
     program = Program(tmp_path, "--anon=16MiB", "--cache=48MiB", cgroup=cgroup)
+    limit = cgroup / "memory.limit_in_bytes"
+
+    def with_limit(limit_bytes: int, touches: int) -> dict[str, Any]:
+        limit.write_text(str(limit_bytes))
+        program.ask("stats", reset=True)
+        wait_for(lambda: program.ask("stats")["cache"]["touches"] >= touches)
+        return program.ask("stats")
+
+    def shows() -> bool:
+        with_limit(-1, 48 * MIB // UNIT_BYTES)  # all of it is in memory again
+        enough, short = with_limit(-1, 400), with_limit(48 * MIB, 400)
+        assert short["anon"]["touched_bytes"] == 16 * MIB
+        # From the disk instead of from memory. Readahead of some MiB (8 on the machine where
+        # this was measured) makes one touch in many wait for all: 0.1 ms became 2 ms at the
+        # 99th percentile, and the median stayed.
+        return bool(short["cache"]["p99_s"] > 3 * enough["cache"]["p99_s"])
+
     try:
         wait_for(program.settled)
-        program.ask("stats", reset=True)
-        enough = wait_for(lambda: (s := program.ask("stats"))["cache"]["touches"] >= 400 and s)
-        limit = cgroup / "memory.limit_in_bytes"
-        limit.write_text(str(48 * MIB))
-        program.ask("stats", reset=True)
-        short = wait_for(lambda: (s := program.ask("stats"))["cache"]["touches"] >= 400 and s)
+        # A machine that is busy with something else can make both slow, for a while.
+        wait_for(shows)
         assert program.process.poll() is None
         assert int((cgroup / "memory.usage_in_bytes").read_text()) <= 48 * MIB
         assert "oom_kill 0" in (cgroup / "memory.oom_control").read_text()
-        assert short["anon"]["touched_bytes"] == 16 * MIB
         with VitalsReader(cgroup, ".") as reader:
             memory = reader.read()
         assert memory.refault_bytes_total is not None
         assert memory.refault_bytes_total >= 16 * MIB
-        # From the disk instead of from memory. Readahead of some MiB (8 on the machine where
-        # this was measured) makes one touch in many wait for all: 0.1 ms became 2 ms at the
-        # 99th percentile, and the median stayed.
-        assert short["cache"]["p99_s"] > 3 * enough["cache"]["p99_s"]
     finally:
         program.close()

@@ -11,15 +11,15 @@ from protocol.messages import (
     Welcome,
 )
 from protocol.page_frames import PageFrames
-from protocol.vocabulary import Role, Urgency
+from protocol.vocabulary import SWAP_FEATURE, Role, Urgency
 
 NOTHING = PageFrames.empty()
-HELLO = Hello(1, 1, ("zstd", "huge"), "test", 7, 0, 10_000, 0, NOTHING)
-WELCOME = Welcome(1, (), 10_000, NOTHING, 200)
+HELLO = Hello(1, 1, ("zstd", "huge", SWAP_FEATURE), "test", 7, 0, 10_000, 0, NOTHING)
+WELCOME = Welcome(1, (SWAP_FEATURE,), 10_000, NOTHING, 200)
 
 
-def target(target_id: int, pages: int = 1000) -> Target:
-    return Target(target_id, pages, Urgency.CALM)
+def target(target_id: int, pages: int = 1000, swap_pages: int = 0) -> Target:
+    return Target(target_id, pages, Urgency.CALM, swap_pages)
 
 
 def frames(start: int, count: int = 10) -> PageFrames:

@@ -119,12 +119,19 @@ def rejections(draw: st.DrawFn) -> Rejection:
 
 
 amounts = st.none() | st.integers(0, MAX_AMOUNT)
+fractions = st.none() | st.floats(0.0, 1.0)
 percents = st.none() | st.floats(0.0, MAX_PERCENT)
 vitals = st.builds(
     Vitals,
     clock_s=st.floats(0.0, allow_infinity=False),
     **{
-        field.name: percents if field.name.startswith("pressure") else amounts
+        field.name: (
+            percents
+            if field.name.startswith("pressure")
+            else fractions
+            if field.name.endswith("fraction")
+            else amounts
+        )
         for field in Vitals.FIELDS
         if field.name != "clock_s"
     },
@@ -133,8 +140,8 @@ vitals = st.builds(
 BY_TYPE: dict[type[Message], st.SearchStrategy[Message]] = {
     Hello: hellos(),
     Welcome: welcomes(),
-    Target: st.builds(Target, ids, pages, st.sampled_from(Urgency)),
-    Offer: st.builds(Offer, ids, some_pages, st.none() | refusal_reasons, lines),
+    Target: st.builds(Target, ids, pages, st.sampled_from(Urgency), pages),
+    Offer: st.builds(Offer, ids, some_pages, st.none() | refusal_reasons, lines, pages),
     Refusal: st.builds(Refusal, ids, refusal_reasons, lines),
     Reserve: reserves(),
     Decline: st.builds(Decline, ids, lines),

@@ -1,5 +1,7 @@
 """The order of a conversation: what each end may say, who is blamed, and messages that cross."""
 
+import dataclasses
+
 import pytest
 from conversations import HELLO, WELCOME, Conversation, frames, target
 from hypothesis import HealthCheck, given, settings
@@ -600,3 +602,49 @@ def test_random_bytes_only_ever_blame_the_peer(stream: bytes, role: Role) -> Non
     connection.receive_data(len(stream).to_bytes(LENGTH_BYTES, "big") + stream)
     with pytest.raises(RemoteProtocolError):
         connection.next_event()
+
+
+# Swap
+
+
+def test_swapping_is_allowed_by_the_target_and_used_by_the_offer(both: Conversation) -> None:
+    both.running().host_tells(target(1, swap_pages=30))
+    assert both.guest.inflation.swap_pages == both.host.inflation.swap_pages == 30
+    both.guest_tells(Offer(1, 100, swap_pages=30))
+    both.host_tells(Reserve(1, 100, 0))
+    both.guest_tells(Reserved(1, 0))
+    both.host_tells(target(2))
+    assert both.guest.inflation.swap_pages == 0
+    both.host_tells(target(3, swap_pages=1))
+    both.guest_tells(Refusal(3, RefusalReason.NO_SWAP))
+
+
+@pytest.mark.parametrize(
+    ("answer", "fault"),
+    [
+        (Offer(1, 100, swap_pages=31), "31 pages are more than the 30 to be swapped"),
+        (Offer(2, 100, swap_pages=1), "1 pages are more than the 0 to be swapped"),
+        (Offer(2, 1, RefusalReason.NO_SWAP), "it was not asked to swap"),
+        (Refusal(2, RefusalReason.NO_SWAP), "it was not asked to swap"),
+    ],
+)
+def test_nobody_swaps_more_than_allowed(both: Conversation, answer: Message, fault: str) -> None:
+    both.running().host_tells(target(1, swap_pages=30))
+    if isinstance(answer, Offer | Refusal) and answer.target_id == 2:
+        both.host_tells(target(2))
+    with pytest.raises(LocalProtocolError, match=fault):
+        both.guest.send(answer)
+    both.host.receive_data(framed(encode(answer)))
+    with pytest.raises(RemoteProtocolError, match=fault):
+        both.host.next_event()
+
+
+def test_without_the_feature_nobody_is_asked_to_swap(both: Conversation) -> None:
+    both.guest_tells(HELLO)
+    both.host_tells(dataclasses.replace(WELCOME, features=()))
+    assert not both.host.may_swap
+    with pytest.raises(LocalProtocolError, match="the feature 'swap' was not agreed on"):
+        both.host.send(target(1, swap_pages=1))
+    both.guest.receive_data(framed(encode(target(1, swap_pages=1))))
+    with pytest.raises(RemoteProtocolError, match="the feature 'swap' was not agreed on"):
+        both.guest.next_event()

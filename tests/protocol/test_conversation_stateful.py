@@ -67,6 +67,7 @@ class Speakers(Conversation):
             assert mine.state is theirs.state
             assert mine.target_id == theirs.target_id
             assert mine.offered_pages == theirs.offered_pages
+            assert mine.swap_pages == theirs.swap_pages
             assert mine.reservation == theirs.reservation
             assert mine.open_reports == theirs.open_reports
 
@@ -88,7 +89,7 @@ class Speakers(Conversation):
         inflation = self.guest.inflation
         target_id = inflation.target_id or 0
         yield HELLO
-        yield Offer(target_id, pages)
+        yield Offer(target_id, pages, swap_pages=min(pages, inflation.swap_pages))
         if inflation.reservation is not None:
             of_target = inflation.reservation.target_id
             count = min(pages, 12)
@@ -100,6 +101,7 @@ class Speakers(Conversation):
             yield Dropped(report_id, report.frames)
         if often:
             yield Refusal(target_id, RefusalReason.BUSY)
+            yield Refusal(target_id, RefusalReason.NO_SWAP)
             yield Offer(max(0, target_id - 1), pages)
             yield Vitals(clock_s=0.0)
 
@@ -113,7 +115,7 @@ class Speakers(Conversation):
             group = (report.frames.lowest(min(pages, 12)), RejectionReason.NOT_LOCKED)
             yield Rejection(report_id, (group,))
         if often or inflation.state is InflationState.IDLE:
-            yield target(target_id + 1 + pages % 2)
+            yield target(target_id + 1 + pages % 2, swap_pages=pages % 20)
         if often:
             yield Decline(target_id)
             yield Reserve(max(0, target_id - 1), pages, 0)

@@ -124,6 +124,7 @@ REFUSED = [
     (VITALS, {"clock_s": -0.1}, "Vitals.clock_s must be finite"),
     (VITALS, {"clock_s": True}, "Vitals.clock_s must be a number, not bool"),
     (VITALS, {"pressure_some_avg10": 100.5}, "Vitals.pressure_some_avg10"),
+    (VITALS, {"active_fraction": 1.01}, "Vitals.active_fraction"),
     (VITALS, {"usage_bytes": 1.0}, "Vitals.usage_bytes must be an int, not float"),
     (Reserve(1, 512, 9), {"pages": 513}, "Reserve.pages must be whole frames"),
     (Offer(1, 1), {"pages": 0}, "Offer.pages"),
