@@ -4,16 +4,22 @@
       workload             limit W <= quota
       driver               no limit of its own; its use is the VM's overhead
 
+A VM whose container is systemd's has the same inside that container's scope (`enter_scope`).
+
 This module owns the contract; `cgroup1`, `cgroup2` and `fake` keep it, and one suite of tests
 holds all three to it. It must not know of ledgers, policies or channels.
 
-Which calls block: `raise_quota`, `raise_workload`, `read`, `dry_state` and `let_kernel_decide`
-take microseconds and belong on the event loop: a guest that runs dry is answered by them. All the
-others may wait for reclaim, for writeback or for dying processes: call them in a thread.
+Which calls block: `raise_quota`, `raise_workload`, `read`, `dry_state`, `let_kernel_decide` and
+`protect` take microseconds and belong on the event loop: a guest that runs dry is answered by them.
+All the others may wait for reclaim, for writeback or for dying processes: call them in a thread.
 
 Two calls for one VM may run at once in this single way: a raise (from the event loop) while
 `make_room` runs in a thread. Then the raise wins: `make_room` gives up with NoRoom and puts the
 limit where the raise had it.
+
+Swap. A VM has as much swap of its own as its maker says, none by default, and the kernel keeps it
+to that: W moves, the swap beside it stays the same. Making room swaps nothing out, unless it is
+told how much it may.
 """
 
 import re
@@ -23,7 +29,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
-from protocol.units import PAGE_BYTES
+from host_agent.quota.errors import QuotaError
+from host_agent.quota.phases import ShrinkPhases
+from protocol.units import MIB, PAGE_BYTES
 
 UNLIMITED_BYTES: Final = (1 << 63) - PAGE_BYTES
 """How "no limit" reads: what the kernel's version 1 files show; "max" is read as the same."""
@@ -34,9 +42,13 @@ MAKE_ROOM_TIMEOUT_S: Final = 10.0
 SETTLE_TIMEOUT_S: Final = 0.25
 """For counters that lag by 64 pages a CPU: they come right within milliseconds."""
 
+SWAP_MIN_BYTES: Final = 1 * MIB
+"""Less is within the error of the kernel's counters."""
+
 DEATH_TIMEOUT_S: Final = 10.0
 """A killed process that holds gigabytes needs a while to give them back."""
 
+_CGROUP_PATH = re.compile(r"/?(?:[\w@:\\-][\w.@:\\-]*/)*[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", re.ASCII)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 
 
@@ -58,6 +70,14 @@ class QuotaReading:
 
 
 @dataclass(frozen=True, slots=True)
+class SwapReading:
+    """The workload's swap as the kernel has it, in bytes; `limit_bytes` may be UNLIMITED_BYTES."""
+
+    used_bytes: int
+    limit_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class DryState:
     """What stands behind a dry event.
 
@@ -76,10 +96,11 @@ class VmQuota(ABC):
     `close`, which may be called again at any time.
     """
 
-    def __init__(self, directory: Path, overhead_bytes: int) -> None:
+    def __init__(self, directory: Path, overhead_bytes: int, swap_bytes: int = 0) -> None:
         check_limit(overhead_bytes)
         self.directory = directory
         self.overhead_bytes = overhead_bytes
+        self.swap_bytes = check_limit(swap_bytes)
 
     @property
     def name(self) -> str:
@@ -93,6 +114,20 @@ class VmQuota(ABC):
     @abstractmethod
     def read(self) -> QuotaReading:
         """Limits and usage as the kernel has them; about 5 us."""
+
+    @abstractmethod
+    def read_swap(self) -> SwapReading | None:
+        """What the workload has swapped and may swap; None where the kernel does not account.
+
+        Takes microseconds.
+        """
+
+    @abstractmethod
+    def restore_swap(self) -> None:
+        """Put everything about swap where it belongs, whatever a dead agent has left.
+
+        Raises LimitRefused where more than the VM's swap is in use already.
+        """
 
     @abstractmethod
     def raise_quota(self, quota_bytes: int, workload_bytes: int | None = None) -> None:
@@ -111,12 +146,16 @@ class VmQuota(ABC):
         """
 
     @abstractmethod
-    def make_room(self, limit_bytes: int, timeout_s: float = MAKE_ROOM_TIMEOUT_S) -> None:
+    def make_room(
+        self, limit_bytes: int, timeout_s: float = MAKE_ROOM_TIMEOUT_S, swap_bytes: int = 0
+    ) -> ShrinkPhases:
         """Lower W to `limit_bytes`; the guest's kernel gives up what it can give up cheaply.
 
-        Never kills and never swaps. May block: the deadline is looked at between steps of
-        reclaim. Does nothing where W is that low already. Raises NoRoom with the old W (or the
-        one that a raise set meanwhile) in force.
+        Never kills, and swaps at most `swap_bytes` out, as far as the VM has swap left; less than
+        SWAP_MIN_BYTES counts as nothing. May block: the deadline is looked at between steps of
+        reclaim. Does nothing where W is that low already. Gives what its phases took. Raises
+        NoRoom with the old W (or the one that a raise set meanwhile) in force, and everything else
+        as it was; what was swapped out by then stays so.
         """
 
     @abstractmethod
@@ -126,6 +165,19 @@ class VmQuota(ABC):
         Waits up to `timeout_s` for the kernel's lagging counters. Raises LimitRefused with the
         old limit in force, also where W is above `quota_bytes` (make room first).
         """
+
+    @abstractmethod
+    def protect(self, reservation_bytes: int) -> None:
+        """Have the kernel leave so much of the workload alone when the host is short of memory.
+
+        In force until the next call, whatever the quota is meanwhile, also across agents. Never
+        blocks. Does nothing where the kernel knows no such thing (version 1).
+        """
+
+    @property
+    @abstractmethod
+    def protected_bytes(self) -> int | None:
+        """What the kernel protects of the workload, which may be less; None if it never does."""
 
     @abstractmethod
     def arm_dry_events(self) -> int:
@@ -172,34 +224,68 @@ class VmQuota(ABC):
         Raises StillBusy. Doing it twice is no error.
         """
 
+    def enter_scope(
+        self, scope: Path, quota_bytes: int, workload_bytes: int, size_bytes: int
+    ) -> None:
+        """Go on inside an engine's scope, with these limits in force: see cgroup2_scope.py.
+
+        `size_bytes` is the VM's size, as its container is to read it. Whatever is in the scope by
+        then is moved into the workload; it has to stand still meanwhile. Raises QuotaError.
+        """
+        raise QuotaError(f"{self.name} can't enter {scope}: only version 2 has what that needs")
+
     @abstractmethod
     def close(self) -> None:
         """Let go of the descriptors and leave the VM as it is (an agent that stops)."""
 
 
 class QuotaBackend(ABC):
-    """All VMs below one root directory."""
+    """All VMs below one root directory.
+
+    `base` is what the root stands in, directly or not, and is not the agent's: the hierarchy's own
+    top, or what was delegated to the agent. What is between the two is made and removed with it.
+    """
 
     cgroup_version: int
     """1 or 2: for people and for those who look into the directories themselves."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, base: Path | None = None) -> None:
         self.root = root
+        self.base = root.parent if base is None else base
+
+    @property
+    def between(self) -> tuple[Path, ...]:
+        """Directories below the base and above the root, from the top down."""
+        inner = len(self.root.relative_to(self.base).parts) - 1
+        return tuple(reversed(self.root.parents[:inner]))
 
     @abstractmethod
     def prepare(self) -> None:
         """Make the root and whatever it needs. Raises QuotaUnavailable with what to do."""
 
     @abstractmethod
-    def create(self, name: str, quota_bytes: int, overhead_bytes: int) -> VmQuota:
-        """Make a VM's directories, with both limits in force before any process is there.
+    def create(
+        self, name: str, quota_bytes: int, overhead_bytes: int, swap_bytes: int = 0
+    ) -> VmQuota:
+        """Make a VM's directories, with all limits in force before any process is there.
 
-        All or nothing: what was made is removed again on failure. Raises VmExists, QuotaError.
+        All or nothing: what was made is removed again on failure. Raises VmExists, QuotaError;
+        the latter also for swap that this kernel can't keep to a limit.
         """
 
     @abstractmethod
-    def open_existing(self, name: str, overhead_bytes: int) -> VmQuota:
-        """Take over the directories of an agent that ended. Raises VmGone."""
+    def open_existing(
+        self,
+        name: str,
+        overhead_bytes: int,
+        swap_bytes: int = 0,
+        directory: Path | None = None,
+    ) -> VmQuota:
+        """Take over the directories of an agent that ended. Raises VmGone.
+
+        `directory` is where they are if not below the root: see `VmQuota.enter_scope`.
+        Changes nothing: see `VmQuota.restore_swap`.
+        """
 
     @abstractmethod
     def names(self) -> tuple[str, ...]:
@@ -207,7 +293,10 @@ class QuotaBackend(ABC):
 
     @abstractmethod
     def remove_root(self) -> None:
-        """Remove the root if it has no VM left. Raises StillBusy; twice is no error."""
+        """Remove the root, and what is empty then below the base, if no VM is left.
+
+        Raises StillBusy; twice is no error.
+        """
 
 
 def check_limit(limit_bytes: int) -> int:
@@ -224,6 +313,16 @@ def check_within(workload_bytes: int | None, quota_bytes: int) -> int:
     if check_limit(workload_bytes) > quota_bytes:
         raise ValueError(f"the workload's limit {workload_bytes} is above quota {quota_bytes}")
     return workload_bytes
+
+
+def check_cgroup_path(path: str) -> str:
+    """The path itself, or ValueError: of the agent's root, from the top (`/`) or from its base."""
+    if not _CGROUP_PATH.fullmatch(path):
+        raise ValueError(
+            f"{path!r} is not the path of a cgroup: names of letters, digits, '_', '.' or '-' "
+            f"between slashes"
+        )
+    return path
 
 
 def check_name(name: str) -> str:

@@ -2,9 +2,8 @@
 
 How room is made without killing and without swapping is in cgroup1_room.py.
 
-Swap. `memory.memsw` stays as whoever made the cgroup left it, unlimited by default, with one
-exception: where it is finite and a raise would pass it, it is raised to the same value first,
-since the kernel refuses a limit above it. How much a guest may swap is no matter of quotas.
+Swap. Memory and swap together are limited to the limit and the VM's swap, at both levels, and that
+moves with the limit: cgroup1_limit.py.
 
 Running dry. `memory.oom_control` = 1 hangs a task that touches memory at the limit until the limit
 is raised or the flag is 0 again (a system call that needs memory gets ENOMEM instead). The flag is
@@ -29,23 +28,34 @@ from host_agent.quota.base import (
     Part,
     QuotaBackend,
     QuotaReading,
+    SwapReading,
     VmQuota,
     check_limit,
     check_name,
     check_within,
 )
-from host_agent.quota.cgroup1_room import LIMIT, USAGE, Cgroup1Room
+from host_agent.quota.cgroup1_limit import (
+    LIMIT,
+    MEMSW_LIMIT,
+    USAGE,
+    Cgroup1Limit,
+    restore_swappiness,
+    set_swappiness,
+)
+from host_agent.quota.cgroup1_room import Cgroup1Room
 from host_agent.quota.cgroup_tree import (
     POLL_INTERVAL_S,
     kill_below,
     names_below,
     pids_below,
+    remove_empty,
     remove_tree,
     subtree,
     wait_until,
 )
 from host_agent.quota.control_file import ControlFile, parse_counters
 from host_agent.quota.errors import (
+    NO_SWAP_ACCOUNTING,
     LimitRefused,
     QuotaError,
     QuotaUnavailable,
@@ -53,17 +63,17 @@ from host_agent.quota.errors import (
     VmExists,
     VmGone,
 )
+from host_agent.quota.phases import ShrinkPhases
 from host_agent.quota.raise_guard import RaiseGuard
 
-MEMSW_LIMIT: Final = "memory.memsw.limit_in_bytes"
 OOM_CONTROL: Final = "memory.oom_control"
 
 
 class Cgroup1Quota(VmQuota):
     """One VM's directories below a version 1 memory hierarchy."""
 
-    def __init__(self, directory: Path, overhead_bytes: int) -> None:
-        super().__init__(directory, overhead_bytes)
+    def __init__(self, directory: Path, overhead_bytes: int, swap_bytes: int = 0) -> None:
+        super().__init__(directory, overhead_bytes, swap_bytes)
         workload, driver = directory / Part.WORKLOAD, directory / Part.DRIVER
         self._guard = RaiseGuard()
         self._event_fd: int | None = None
@@ -75,11 +85,10 @@ class Cgroup1Quota(VmQuota):
                 opened.callback(file.close)
                 return file
 
-            def optional(path: Path) -> ControlFile | None:
-                return control(path, writable=True) if path.exists() else None
-
-            self._vm_limit = control(directory / LIMIT, writable=True)
-            self._workload_limit = control(workload / LIMIT, writable=True)
+            self._vm_limit = Cgroup1Limit(directory, swap_bytes)
+            opened.callback(self._vm_limit.close)
+            self._workload_limit = Cgroup1Limit(workload, swap_bytes)
+            opened.callback(self._workload_limit.close)
             self._workload_usage = control(workload / USAGE)
             self._driver_usage = control(driver / USAGE)
             self._oom_control = control(workload / OOM_CONTROL, writable=True)
@@ -88,10 +97,7 @@ class Cgroup1Quota(VmQuota):
                 control(driver / OOM_CONTROL),
                 self._oom_control,
             )
-            # Absent where the kernel doesn't account for swap.
-            self._vm_memsw = optional(directory / MEMSW_LIMIT)
-            self._workload_memsw = optional(workload / MEMSW_LIMIT)
-            self._room = Cgroup1Room(workload, self._guard)
+            self._room = Cgroup1Room(workload, self._guard, swap_bytes)
             opened.callback(self._room.close)
             self._files = opened.pop_all()
 
@@ -104,19 +110,29 @@ class Cgroup1Quota(VmQuota):
             driver_usage_bytes=self._driver_usage.read_bytes_count(),
         )
 
+    def read_swap(self) -> SwapReading | None:
+        """From the workload's memsw; exact to the 64 pages that each CPU charges ahead."""
+        return self._workload_limit.read_swap()
+
+    def restore_swap(self) -> None:
+        """Swappiness, then memsw at both levels. May reclaim cache."""
+        restore_swappiness(self.directory, self.swap_bytes)
+        self._workload_limit.restore_sum()
+        self._vm_limit.restore_sum()
+
     def raise_quota(self, quota_bytes: int, workload_bytes: int | None = None) -> None:
-        """The VM's limit first, then the workload's: two writes of 1 us."""
+        """The VM's limit first, then the workload's: two writes of 1 us for each, memsw's too."""
         vm_limit_bytes = check_limit(quota_bytes) + self.overhead_bytes
         limit_bytes = check_within(workload_bytes, quota_bytes)
         with self._guard.raising() as raised:
             old_bytes = self._vm_limit.read_bytes_count()
             if vm_limit_bytes < old_bytes:
                 raise ValueError(f"{vm_limit_bytes} would lower {self.name} from {old_bytes}")
-            _raise(self._vm_limit, self._vm_memsw, vm_limit_bytes)
+            self._vm_limit.raise_to(vm_limit_bytes)
             self._raise_workload(limit_bytes, raised)
 
     def raise_workload(self, limit_bytes: int) -> None:
-        """One write of 1 us."""
+        """Two writes of 1 us."""
         check_limit(limit_bytes)
         with self._guard.raising() as raised:
             check_within(limit_bytes, self._vm_limit.read_bytes_count() - self.overhead_bytes)
@@ -124,12 +140,15 @@ class Cgroup1Quota(VmQuota):
 
     def _raise_workload(self, limit_bytes: int, raised: Callable[[int], None]) -> None:
         limit_bytes = max(limit_bytes, self._workload_limit.read_bytes_count())
-        _raise(self._workload_limit, self._workload_memsw, limit_bytes)
+        self._workload_limit.raise_to(limit_bytes)
         raised(limit_bytes)
 
-    def make_room(self, limit_bytes: int, timeout_s: float = MAKE_ROOM_TIMEOUT_S) -> None:
+    def make_room(
+        self, limit_bytes: int, timeout_s: float = MAKE_ROOM_TIMEOUT_S, swap_bytes: int = 0
+    ) -> ShrinkPhases:
         """EBUSY from the kernel is NoRoom."""
-        self._room.make(check_limit(limit_bytes), time.monotonic() + timeout_s)
+        deadline_s = time.monotonic() + timeout_s
+        return self._room.make(check_limit(limit_bytes), deadline_s, swap_bytes)
 
     def lower_quota(self, quota_bytes: int, timeout_s: float = SETTLE_TIMEOUT_S) -> None:
         """EBUSY from the kernel is tried again until `timeout_s`, then LimitRefused."""
@@ -143,7 +162,7 @@ class Cgroup1Quota(VmQuota):
         deadline_s = time.monotonic() + timeout_s
         while True:
             try:
-                return self._vm_limit.write(vm_limit_bytes)
+                return self._vm_limit.lower_to(vm_limit_bytes)
             except OSError as error:
                 if error.errno != errno.EBUSY or time.monotonic() >= deadline_s:
                     raise LimitRefused(
@@ -151,6 +170,16 @@ class Cgroup1Quota(VmQuota):
                         f"is the driver using more than its overhead of {self.overhead_bytes}?"
                     ) from error
             time.sleep(POLL_INTERVAL_S)
+
+    def protect(self, reservation_bytes: int) -> None:
+        """Nothing: memory.soft_limit_in_bytes is a hint for kswapd, no guarantee."""
+        check_limit(reservation_bytes)
+        self._vm_limit.read_bytes_count()  # VmGone where there is nobody to protect
+
+    @property
+    def protected_bytes(self) -> int | None:
+        """This version protects nobody."""
+        return None
 
     def arm_dry_events(self) -> int:
         """oom_control = 1 and an eventfd on it."""
@@ -250,7 +279,8 @@ class Cgroup1Backend(QuotaBackend):
     def prepare(self) -> None:
         """Make the root directory; its parent must be in a hierarchy that adds up."""
         try:
-            self.root.mkdir(exist_ok=True)
+            for directory in (*self.between, self.root):
+                directory.mkdir(exist_ok=True)
             hierarchical = (self.root / "memory.use_hierarchy").read_text().strip()
         except OSError as error:
             raise QuotaUnavailable(
@@ -262,19 +292,28 @@ class Cgroup1Backend(QuotaBackend):
                 f"{self.root} does not add up its children: write 1 to memory.use_hierarchy above"
             )
 
-    def create(self, name: str, quota_bytes: int, overhead_bytes: int) -> VmQuota:
-        """Directory, limit, directories, limit; undone on failure."""
+    def create(
+        self, name: str, quota_bytes: int, overhead_bytes: int, swap_bytes: int = 0
+    ) -> VmQuota:
+        """Directory, limits, directories, limits; undone on failure."""
         directory = self.root / check_name(name)
         vm_limit_bytes = check_limit(quota_bytes) + check_limit(overhead_bytes)
         with ExitStack() as undo:
             try:
                 directory.mkdir()
                 undo.callback(remove_tree, directory, time.monotonic() + SETTLE_TIMEOUT_S)
-                (directory / LIMIT).write_text(f"{vm_limit_bytes}")
+                accounted = (directory / MEMSW_LIMIT).exists()
+                if check_limit(swap_bytes) and not accounted:
+                    raise QuotaError(f"{name} can't have swap: {NO_SWAP_ACCOUNTING}")
                 for part in Part:
                     (directory / part).mkdir()
-                (directory / Part.WORKLOAD / LIMIT).write_text(f"{quota_bytes}")
-                quota = Cgroup1Quota(directory, overhead_bytes)
+                set_swappiness(directory, swap_bytes)
+                workload = directory / Part.WORKLOAD
+                for path, limit_bytes in ((directory, vm_limit_bytes), (workload, quota_bytes)):
+                    (path / LIMIT).write_text(f"{limit_bytes}")
+                    if accounted:
+                        (path / MEMSW_LIMIT).write_text(f"{limit_bytes + swap_bytes}")
+                quota = Cgroup1Quota(directory, overhead_bytes, swap_bytes)
             except FileExistsError as error:
                 raise VmExists(
                     f"{directory} exists: remove that VM first or pick another name"
@@ -284,9 +323,15 @@ class Cgroup1Backend(QuotaBackend):
             undo.pop_all()
         return quota
 
-    def open_existing(self, name: str, overhead_bytes: int) -> VmQuota:
+    def open_existing(
+        self,
+        name: str,
+        overhead_bytes: int,
+        swap_bytes: int = 0,
+        directory: Path | None = None,
+    ) -> VmQuota:
         """Open the files of a VM that is there."""
-        return Cgroup1Quota(self.root / check_name(name), overhead_bytes)
+        return Cgroup1Quota(directory or self.root / check_name(name), overhead_bytes, swap_bytes)
 
     def names(self) -> tuple[str, ...]:
         """Directories with both parts."""
@@ -297,12 +342,4 @@ class Cgroup1Backend(QuotaBackend):
         if names := self.names():
             raise StillBusy(f"{self.root} still has VMs, remove them first: {', '.join(names)}")
         remove_tree(self.root, time.monotonic() + SETTLE_TIMEOUT_S)
-
-
-def _raise(limit: ControlFile, memsw: ControlFile | None, limit_bytes: int) -> None:
-    try:
-        if memsw is not None and memsw.read_bytes_count() < limit_bytes:
-            memsw.write(limit_bytes)
-        limit.write(limit_bytes)
-    except OSError as error:
-        raise QuotaError(f"cannot raise {limit.path} to {limit_bytes}: {error}") from error
+        remove_empty(self.between)

@@ -21,14 +21,15 @@ version 1 spares them until they need memory.
 memory.high left below need nearly stops a guest, so an unanswered event must end in
 `let_kernel_decide` (high = max, thawed), and the watchdog does the same for a dead agent.
 
-Swap is left as whoever made the cgroups set it. The wall costs a guest 3 % of W in comfort.
+Swap. `memory.swap.max` is what the VM has of it, at both levels, and does not move with W; the
+driver has none. The wall costs a guest 3 % of W in comfort.
 Kernel's Documentation/admin-guide/cgroup-v2.rst; mm/memcontrol.c, calculate_high_delay.
 """
 
 import os
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Final
 
@@ -40,21 +41,28 @@ from host_agent.quota.base import (
     DryState,
     Part,
     QuotaReading,
+    SwapReading,
     VmQuota,
     check_limit,
     check_within,
 )
+from host_agent.quota.cgroup2_levels import set_swap_max
+from host_agent.quota.cgroup2_protection import MIN, protect_root, protected_bytes
 from host_agent.quota.cgroup2_room import (
     NEAR_WALL_BYTES,
     Cgroup2Room,
     limit_text,
     reclaimable_bytes,
 )
+from host_agent.quota.cgroup2_scope import ScopeLimits, make_in_scope
+from host_agent.quota.cgroup2_swap import SWAP_CURRENT, SWAP_MAX
 from host_agent.quota.cgroup_tree import pids_below, remove_tree, wait_until
 from host_agent.quota.control_file import ControlFile, FileOpener, parse_counters
 from host_agent.quota.errors import LimitRefused, QuotaError, StillBusy, VmGone
-from host_agent.quota.inotify import drain, watch_file
+from host_agent.quota.inotify import drain, watch_also, watch_file
+from host_agent.quota.phases import ShrinkPhases
 from host_agent.quota.raise_guard import RaiseGuard
+from host_agent.quota.swap_space import free_swap_bytes
 from protocol.units import MIB, PAGE_BYTES
 
 WALL_FRACTION: Final = 32
@@ -71,9 +79,24 @@ class Cgroup2Quota(VmQuota):
     """One VM's directories below a version 2 hierarchy."""
 
     def __init__(
-        self, directory: Path, overhead_bytes: int, open_file: FileOpener = ControlFile
+        self,
+        directory: Path,
+        overhead_bytes: int,
+        open_file: FileOpener = ControlFile,
+        swap_bytes: int = 0,
+        in_scope: bool = False,
     ) -> None:
-        super().__init__(directory, overhead_bytes)
+        super().__init__(directory, overhead_bytes, swap_bytes)
+        self._in_scope = in_scope
+        self._kills_before = 0
+        self._kills_seen = 0
+        self._opened: list[ControlFile] = []
+
+        def opening(path: Path, *, writable: bool = False, waits: bool = True) -> ControlFile:
+            file = open_file(path, writable=writable, waits=waits)
+            self._opened.append(file)
+            return file
+
         workload, driver = directory / Part.WORKLOAD, directory / Part.DRIVER
         self._guard = RaiseGuard()
         self._event_fd: int | None = None
@@ -82,7 +105,7 @@ class Cgroup2Quota(VmQuota):
         with ExitStack() as opened:
 
             def control(path: Path, *, writable: bool = False) -> ControlFile:
-                file = open_file(path, writable=writable, waits=False)
+                file = opening(path, writable=writable, waits=False)
                 opened.callback(file.close)
                 return file
 
@@ -96,8 +119,18 @@ class Cgroup2Quota(VmQuota):
             self._workload_current = control(workload / "memory.current")
             self._workload_stat = control(workload / "memory.stat")
             self._workload_freeze = control(workload / "cgroup.freeze", writable=True)
+            self._claims = (
+                control(directory / MIN, writable=True),
+                control(workload / MIN, writable=True),
+            )
             self._driver_current = control(driver / "memory.current")
-            self._room = Cgroup2Room(workload, self._guard, open_file)
+            # Absent where the kernel doesn't account for swap.
+            self._swap = (
+                (control(workload / SWAP_MAX), control(workload / SWAP_CURRENT))
+                if (workload / SWAP_MAX).exists()
+                else None
+            )
+            self._room = Cgroup2Room(workload, self._guard, opening, swap_bytes=swap_bytes)
             opened.callback(self._room.close)
             self._files = opened.pop_all()
 
@@ -109,6 +142,25 @@ class Cgroup2Quota(VmQuota):
             workload_usage_bytes=self._workload_current.read_bytes_count(),
             driver_usage_bytes=self._driver_current.read_bytes_count(),
         )
+
+    def read_swap(self) -> SwapReading | None:
+        """memory.swap.current and memory.swap.max."""
+        if self._swap is None:
+            return None
+        limit_bytes, used_bytes = (file.read_bytes_count() for file in self._swap)
+        return SwapReading(used_bytes=used_bytes, limit_bytes=limit_bytes)
+
+    def restore_swap(self) -> None:
+        """memory.swap.max at both levels. The kernel takes it below use, and swaps no more then."""
+        if self._swap is None:
+            return
+        set_swap_max(self.directory, self.swap_bytes)
+        reading = self.read_swap()
+        if reading is not None and reading.used_bytes > self.swap_bytes:
+            raise LimitRefused(
+                f"the workload of {self.name} has swapped {reading.used_bytes} bytes out, more "
+                f"than the {self.swap_bytes} bytes of swap that it has; it may swap no more"
+            )
 
     def raise_quota(self, quota_bytes: int, workload_bytes: int | None = None) -> None:
         """The VM's limit, then the workload's, then the soft wall."""
@@ -129,19 +181,25 @@ class Cgroup2Quota(VmQuota):
             self._raise_workload(limit_bytes, raised)
 
     def _raise_workload(self, limit_bytes: int, raised: Callable[[int], None]) -> None:
-        limit_bytes = max(limit_bytes, self._workload_max.read_bytes_count())
+        old_bytes = self._workload_max.read_bytes_count()
+        limit_bytes = max(limit_bytes, old_bytes)
         _write_limit(self._workload_max, limit_bytes)
         raised(limit_bytes)
         _write_limit(self._workload_high, self._wall_bytes(limit_bytes))
-        self._let_go()
+        if limit_bytes > old_bytes:  # an attempt that ends in vain is no memory
+            self._let_go()
 
     def _wall_bytes(self, limit_bytes: int) -> int:
         return soft_wall_bytes(limit_bytes) if self._armed else UNLIMITED_BYTES
 
-    def make_room(self, limit_bytes: int, timeout_s: float = MAKE_ROOM_TIMEOUT_S) -> None:
-        """The safe shrink: 0.35 s for a workload that fits."""
+    def make_room(
+        self, limit_bytes: int, timeout_s: float = MAKE_ROOM_TIMEOUT_S, swap_bytes: int = 0
+    ) -> ShrinkPhases:
+        """The safe shrink: milliseconds where there is room, 0.2 s more where it is doubtful."""
         deadline_s = time.monotonic() + timeout_s
-        self._room.make(check_limit(limit_bytes), deadline_s, self._wall_bytes, lambda: self._held)
+        return self._room.make(
+            check_limit(limit_bytes), deadline_s, self._wall_bytes, lambda: self._held, swap_bytes
+        )
 
     def lower_quota(self, quota_bytes: int, timeout_s: float = SETTLE_TIMEOUT_S) -> None:
         """Only if W and what else the VM holds fit: writing memory.max below need kills."""
@@ -168,6 +226,23 @@ class Cgroup2Quota(VmQuota):
             )
         _write_limit(self._vm_max, vm_limit_bytes)
 
+    def protect(self, reservation_bytes: int) -> None:
+        """memory.min of the workload, the VM, and the sum of all VMs at the root."""
+        check_limit(reservation_bytes)
+        for claim in self._claims:
+            _write_limit(claim, reservation_bytes)
+        self._protect_root()
+
+    def _protect_root(self) -> None:
+        # A scope's own memory.min is systemd's.
+        if not self._in_scope:
+            protect_root(self.directory.parent)
+
+    @property
+    def protected_bytes(self) -> int | None:
+        """The least memory.min from the workload up to the top; a scope of systemd's has none."""
+        return None if self._in_scope else protected_bytes(self.directory / Part.WORKLOAD)
+
     def arm_dry_events(self) -> int:
         """memory.high at the soft wall and inotify on memory.events. May block: see `rearm`."""
         if self._event_fd is None:
@@ -185,15 +260,38 @@ class Cgroup2Quota(VmQuota):
         """
         if self._event_fd is not None:
             drain(self._event_fd)
+        under_oom = False
+        with self._while_there():
+            under_oom = self._is_dry()
+            self._kills_seen = self.oom_kills_total
+        return DryState(under_oom, self._kills_seen)
+
+    def _while_there(self) -> AbstractContextManager[None]:
+        """A scope goes with its container, and its VM goes on in the next one: `enter_scope`."""
+        return suppress(VmGone) if self._in_scope else nullcontext()
+
+    def _is_dry(self) -> bool:
         wall_bytes = self._workload_high.read_bytes_count()
         current_bytes = self._workload_current.read_bytes_count()
         fixed_bytes = current_bytes - reclaimable_bytes(self._workload_stat)
         dry = current_bytes >= wall_bytes and fixed_bytes + NEAR_WALL_BYTES >= wall_bytes
+        if dry and self.swap_bytes:
+            # As on version 1 it swaps what it has of swap before anybody is asked for memory.
+            dry = fixed_bytes + NEAR_WALL_BYTES - self._swappable_bytes() >= wall_bytes
         if dry and self._armed and current_bytes >= self._hold_line_bytes(wall_bytes):
             self._hold()
         else:
             self._let_go()
-        return DryState(under_oom=dry, kills_total=self.oom_kills_total)
+        return dry
+
+    def _swappable_bytes(self) -> int:
+        # By the limit that is in force: while room is made there is none to be had. Locked and
+        # kernel memory is on neither list, and no swap helps a guest that holds nothing else.
+        reading = self.read_swap()
+        left_bytes = 0 if reading is None else reading.limit_bytes - reading.used_bytes
+        stat = parse_counters(self._workload_stat.read())
+        anon_bytes = stat.get("inactive_anon", 0) + stat.get("active_anon", 0)
+        return min(max(left_bytes, 0), free_swap_bytes(), anon_bytes)
 
     def _hold_line_bytes(self, wall_bytes: int) -> int:
         return (wall_bytes + self._workload_max.read_bytes_count()) // 2
@@ -201,8 +299,12 @@ class Cgroup2Quota(VmQuota):
     def _hold(self) -> None:
         """Freeze, unless room is being made: that needs the freezer, and looks at `_held` first.
 
-        It says so before it looks, we say so before we look: so never both at once.
+        It says so before it looks, we say so before we look: so never both at once. One that is
+        frozen already stays so: a shrink that has just begun refuses, and must not be taken for
+        one that needs the freezer.
         """
+        if self._held:
+            return
         self._held = True
         if self._guard.is_shrinking:
             self._held = False
@@ -217,12 +319,17 @@ class Cgroup2Quota(VmQuota):
     def let_kernel_decide(self) -> None:
         """high = max: the workload meets W itself, and the kernel kills inside it."""
         self._armed = False
-        _write_limit(self._workload_high, UNLIMITED_BYTES)
-        self._let_go()
+        with self._while_there():
+            _write_limit(self._workload_high, UNLIMITED_BYTES)
+            self._let_go()
 
     def rearm(self) -> None:
         """The soft wall again. Kernels before 6.16 may reclaim during the write: use a thread."""
         self._armed = True
+        with self._while_there():
+            self._raise_wall()
+
+    def _raise_wall(self) -> None:
         # A make_room under way has its own wall, lower, and ends with the right one.
         while not self._guard.is_shrinking:
             limit_bytes = self._workload_max.read_bytes_count()
@@ -234,7 +341,7 @@ class Cgroup2Quota(VmQuota):
     @property
     def oom_kills_total(self) -> int:
         """memory.events of the VM's directory, which adds up all below it, gone or not."""
-        return parse_counters(self._vm_events.read()).get("oom_kill", 0)
+        return self._kills_before + parse_counters(self._vm_events.read()).get("oom_kill", 0)
 
     def processes(self, part: Part) -> tuple[int, ...]:
         """Read from cgroup.procs of the part and all below it."""
@@ -275,6 +382,36 @@ class Cgroup2Quota(VmQuota):
         """rmdir, children first, until the kernel lets go."""
         remove_tree(self.directory, time.monotonic() + timeout_s)
         self.close()
+        self._protect_root()
+
+    def enter_scope(
+        self, scope: Path, quota_bytes: int, workload_bytes: int, size_bytes: int
+    ) -> None:
+        """The directories in there, then every open file; those before are removed."""
+        limits = ScopeLimits(
+            vm_bytes=check_limit(quota_bytes) + self.overhead_bytes,
+            workload_bytes=check_within(workload_bytes, quota_bytes),
+            container_bytes=check_limit(size_bytes) + PAGE_BYTES,
+            swap_bytes=self.swap_bytes,
+        )
+        left = self.directory
+        with self._guard.moving():
+            try:
+                directory = make_in_scope(scope, self.name, limits)
+                for file in self._opened:
+                    file.move_to(directory / file.path.relative_to(left))
+                if self._event_fd is not None:
+                    watch_also(self._event_fd, directory / Part.WORKLOAD / "memory.events")
+            except OSError as error:
+                raise QuotaError(f"{self.name} can't enter {scope}: {error}") from error
+            self.directory = directory
+            self._held = False
+            self._kills_before = self._kills_seen
+        if left != directory:
+            remove_tree(left, time.monotonic() + SETTLE_TIMEOUT_S)
+        self._in_scope = True
+        if self._armed:
+            self.rearm()
 
     def close(self) -> None:
         """A make_room under way gives up at its next step; waits for that."""

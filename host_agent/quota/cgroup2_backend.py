@@ -6,7 +6,6 @@ Kernel's Documentation/admin-guide/cgroup-v2.rst, "Top-down Constraint" and "No 
 Constraint".
 """
 
-import errno
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,8 +20,17 @@ from host_agent.quota.base import (
     check_name,
 )
 from host_agent.quota.cgroup2 import Cgroup2Quota
-from host_agent.quota.cgroup_tree import names_below, remove_tree
-from host_agent.quota.errors import QuotaError, QuotaUnavailable, StillBusy, VmExists
+from host_agent.quota.cgroup2_levels import hand_down_memory, kill_one_at_a_time, set_swap_max
+from host_agent.quota.cgroup2_swap import SWAP_MAX
+from host_agent.quota.cgroup_tree import names_below, remove_empty, remove_tree
+from host_agent.quota.delegation import leave_for_leaf
+from host_agent.quota.errors import (
+    NO_SWAP_ACCOUNTING,
+    QuotaError,
+    QuotaUnavailable,
+    StillBusy,
+    VmExists,
+)
 
 NEEDED_FILES: Final = ("memory.reclaim", "cgroup.kill")
 """Files newer than the rest: memory.reclaim is of Linux 5.19."""
@@ -33,17 +41,31 @@ class Cgroup2Backend(QuotaBackend):
 
     cgroup_version = 2
 
+    def __init__(self, root: Path, base: Path | None = None, *, delegated: bool = False) -> None:
+        """`delegated`: what is above the base is somebody else's, and left as it is."""
+        super().__init__(root, base)
+        self.delegated = delegated
+
     def prepare(self) -> None:
-        """Make the root and hand the memory controller down to it, from the mount point on."""
+        """Make the root and hand the memory controller down to it, from the mount point on.
+
+        From the base on where that was delegated; this process leaves it for a leaf below then.
+        """
+        above: tuple[Path, ...] = (self.base, *self.between)
+        if self.delegated:
+            leave_for_leaf(self.base)
+        else:
+            parents = (path for path in self.root.parents if (path / "cgroup.controllers").exists())
+            above = tuple(reversed(tuple(parents)))
         try:
-            self.root.mkdir(exist_ok=True)
+            for directory in (*self.between, self.root):
+                directory.mkdir(exist_ok=True)
         except OSError as error:
             raise QuotaUnavailable(
                 f"cannot make {self.root} ({error.strerror}): run as root, or name a directory "
                 f"that was delegated to this user"
             ) from error
-        above = [path for path in self.root.parents if (path / "cgroup.controllers").exists()]
-        for directory in (*reversed(above), self.root):
+        for directory in (*above, self.root):
             hand_down_memory(directory)
         missing = [name for name in NEEDED_FILES if not (self.root / name).exists()]
         if missing:
@@ -51,8 +73,10 @@ class Cgroup2Backend(QuotaBackend):
                 f"{self.root} has no {missing[0]}: Linux 5.19 or newer is needed"
             )
 
-    def create(self, name: str, quota_bytes: int, overhead_bytes: int) -> VmQuota:
-        """Directory, limit, controller handed down, directories, limit; undone on failure."""
+    def create(
+        self, name: str, quota_bytes: int, overhead_bytes: int, swap_bytes: int = 0
+    ) -> VmQuota:
+        """Directory, limit, controller handed down, directories, limits; undone on failure."""
         directory = self.root / check_name(name)
         vm_limit_bytes = check_limit(quota_bytes) + check_limit(overhead_bytes)
         with ExitStack() as undo:
@@ -64,7 +88,12 @@ class Cgroup2Backend(QuotaBackend):
                 for part in Part:
                     (directory / part).mkdir()
                 (directory / Part.WORKLOAD / "memory.max").write_text(f"{quota_bytes}\n")
-                quota = Cgroup2Quota(directory, overhead_bytes)
+                if (directory / SWAP_MAX).exists():
+                    set_swap_max(directory, check_limit(swap_bytes))
+                elif swap_bytes:
+                    raise QuotaError(f"{name} can't have swap: {NO_SWAP_ACCOUNTING}")
+                kill_one_at_a_time(directory)
+                quota = Cgroup2Quota(directory, overhead_bytes, swap_bytes=swap_bytes)
             except FileExistsError as error:
                 raise VmExists(
                     f"{directory} exists: remove that VM first or pick another name"
@@ -74,9 +103,27 @@ class Cgroup2Backend(QuotaBackend):
             undo.pop_all()
         return quota
 
-    def open_existing(self, name: str, overhead_bytes: int) -> VmQuota:
+    def open_existing(
+        self,
+        name: str,
+        overhead_bytes: int,
+        swap_bytes: int = 0,
+        directory: Path | None = None,
+    ) -> VmQuota:
         """Open the files of a VM that is there."""
-        return Cgroup2Quota(self.root / check_name(name), overhead_bytes)
+        home = self.root / check_name(name)
+        directory = home if directory is None else directory
+        quota = Cgroup2Quota(
+            directory, overhead_bytes, swap_bytes=swap_bytes, in_scope=directory != home
+        )
+        try:
+            kill_one_at_a_time(directory)
+            # An agent and its watchdog may have died together while it was frozen.
+            (directory / Part.WORKLOAD / "cgroup.freeze").write_text("0\n")
+        except OSError as error:
+            quota.close()
+            raise QuotaError(f"cannot take over the cgroups of {name}: {error}") from error
+        return quota
 
     def names(self) -> tuple[str, ...]:
         """Directories with both parts."""
@@ -87,23 +134,4 @@ class Cgroup2Backend(QuotaBackend):
         if names := self.names():
             raise StillBusy(f"{self.root} still has VMs, remove them first: {', '.join(names)}")
         remove_tree(self.root, time.monotonic() + SETTLE_TIMEOUT_S)
-
-
-def hand_down_memory(directory: Path) -> None:
-    """Enable the memory controller for the children of `directory`. Raises QuotaUnavailable."""
-    try:
-        if "memory" in (directory / "cgroup.subtree_control").read_text().split():
-            return
-        if "memory" not in (directory / "cgroup.controllers").read_text().split():
-            raise QuotaUnavailable(
-                f"{directory} has no memory controller: have it delegated (with systemd: "
-                f"Delegate=memory) or boot without cgroup_disable=memory"
-            )
-        (directory / "cgroup.subtree_control").write_text("+memory\n")
-    except OSError as error:
-        advice = "give this user the right to write there"
-        if error.errno == errno.EBUSY:
-            advice = "move its own processes to a child cgroup first"
-        raise QuotaUnavailable(
-            f"cannot hand the memory controller down from {directory} ({error.strerror}): {advice}"
-        ) from error
+        remove_empty(self.between)

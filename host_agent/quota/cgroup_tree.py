@@ -8,7 +8,7 @@ import errno
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -105,6 +105,13 @@ def remove_tree(directory: Path, deadline_s: float) -> None:
     if not wait_until(removed, deadline_s):
         pids = ", ".join(map(str, pids_below(directory))) or "none left, but the kernel says busy"
         raise StillBusy(f"cannot remove {directory}: kill what is in it first (pids: {pids})")
+
+
+def remove_empty(directories: Iterable[Path]) -> None:
+    """rmdir those that have neither children nor processes, the last first."""
+    for directory in reversed(tuple(directories)):
+        with suppress(OSError):
+            directory.rmdir()
 
 
 def wait_until(predicate: Callable[[], bool], deadline_s: float) -> bool:

@@ -29,13 +29,10 @@ class ControlFile:
         """
         self.path = path
         self._lock = Lock()
-        flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC
+        self._flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC
         if not waits:
-            flags |= os.O_NONBLOCK
-        try:
-            self._fd = os.open(path, flags)
-        except FileNotFoundError as missing:
-            raise VmGone(f"{path} is not there: was the VM removed by somebody else?") from missing
+            self._flags |= os.O_NONBLOCK
+        self._fd = self._opened(path)
 
     def write(self, value: int | str) -> None:
         """Write one value. The newline makes it whole on plain files too, which tests use."""
@@ -64,12 +61,32 @@ class ControlFile:
         self._check_open()
         return self._fd
 
+    def move_to(self, path: Path) -> None:
+        """Go on with another file, after a call that is under way; the descriptor's number stays.
+
+        Raises VmGone and OSError, and is what it was then; closed, it stays so.
+        """
+        with self._lock:
+            self._check_open()
+            opened = self._opened(path)
+            try:
+                os.dup2(opened, self._fd, inheritable=False)
+            finally:
+                os.close(opened)
+            self.path = path
+
     def close(self) -> None:
         """Close after a call that is under way; twice is no error."""
         with self._lock:
             if self._fd >= 0:
                 os.close(self._fd)
                 self._fd = -1
+
+    def _opened(self, path: Path) -> int:
+        try:
+            return os.open(path, self._flags)
+        except FileNotFoundError as missing:
+            raise VmGone(f"{path} is not there: was the VM removed by somebody else?") from missing
 
     def _check_open(self) -> None:
         if self._fd < 0:

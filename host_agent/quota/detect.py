@@ -7,9 +7,10 @@ On a hybrid machine both hierarchies are mounted and the memory controller is in
 from pathlib import Path
 from typing import Final
 
-from host_agent.quota.base import QuotaBackend, check_name
+from host_agent.quota.base import QuotaBackend, check_cgroup_path
 from host_agent.quota.cgroup1 import Cgroup1Backend
 from host_agent.quota.cgroup2_backend import Cgroup2Backend
+from host_agent.quota.delegation import HOW, OWN_CGROUP, delegated_home
 from host_agent.quota.errors import QuotaUnavailable
 
 MOUNTINFO: Final = Path("/proc/self/mountinfo")
@@ -17,37 +18,49 @@ ROOT_NAME: Final = "memballoon"
 
 
 def detect(
-    root_name: str = ROOT_NAME, *, delegated: Path | None = None, mountinfo: Path = MOUNTINFO
+    root_path: str = ROOT_NAME, *, mountinfo: Path = MOUNTINFO, own_cgroup: Path = OWN_CGROUP
 ) -> QuotaBackend:
-    """The back end for VMs below `<hierarchy>/<root_name>`; makes nothing yet (see `prepare`).
+    """The back end for VMs below `root_path`; makes nothing yet (see `prepare`).
 
-    `delegated` is the directory, in a mounted memory hierarchy of either version, that is used in
-    place of the hierarchy's own top. Raises QuotaUnavailable.
+    The path counts from what was delegated to this process (version 2, delegation.py), else from
+    the hierarchy's top. With a leading slash it counts from the top in any case; what is above its
+    last name has to be there then and is taken for delegated. Raises QuotaUnavailable.
     """
-    check_name(root_name)
+    check_cgroup_path(root_path)
     version_1, version_2 = memory_mounts(mountinfo.read_text())
-    if delegated is not None:
-        if version_1 is not None and delegated.is_relative_to(version_1):
-            return Cgroup1Backend(delegated / root_name)
-        if version_2 is not None and delegated.is_relative_to(version_2):
-            return Cgroup2Backend(delegated / root_name)
-        raise QuotaUnavailable(
-            f"{delegated} is in no mounted cgroup hierarchy with memory; such are: "
-            f"{version_1 or 'no version 1'}, {version_2 or 'no version 2'}"
-        )
+    from_top = root_path.startswith("/")
+    path = root_path.removeprefix("/")
     if version_1 is not None:
-        return Cgroup1Backend(version_1 / root_name)
-    if version_2 is not None:
-        if "memory" in (version_2 / "cgroup.controllers").read_text().split():
-            return Cgroup2Backend(version_2 / root_name)
+        root = version_1 / path
+        return Cgroup1Backend(root, root.parent if from_top else version_1)
+    if version_2 is None:
         raise QuotaUnavailable(
-            f"{version_2} has no memory controller: boot without cgroup_disable=memory, or have "
-            f"it delegated to this container"
+            "no cgroup hierarchy with the memory controller is mounted: mount cgroup2 on "
+            "/sys/fs/cgroup, or let this container see the host's"
         )
-    raise QuotaUnavailable(
-        "no cgroup hierarchy with the memory controller is mounted: mount cgroup2 on "
-        "/sys/fs/cgroup, or let this container see the host's"
-    )
+    if from_top:
+        base = (version_2 / path).parent
+    else:
+        base = delegated_home(version_2, own_cgroup.read_text()) or version_2
+    delegated = base != version_2
+    root = base / Path(path).name if from_top else base / path
+    _check_memory(base, delegated)
+    return Cgroup2Backend(root, base, delegated=delegated)
+
+
+def _check_memory(base: Path, delegated: bool) -> None:
+    try:
+        if "memory" in (base / "cgroup.controllers").read_text().split():
+            return
+    except FileNotFoundError:
+        raise QuotaUnavailable(
+            f"there is no cgroup {base}: have it made and delegated first, or leave out the "
+            f"leading slash of cgroup_root"
+        ) from None
+    advice = "boot without cgroup_disable=memory, or have it delegated to this container"
+    if delegated:
+        advice = f"have it delegated ({HOW}; in a unit: Delegate=memory)"
+    raise QuotaUnavailable(f"{base} has no memory controller: {advice}")
 
 
 def memory_mounts(mountinfo: str) -> tuple[Path | None, Path | None]:

@@ -12,6 +12,12 @@ Every message is one line that says what failed and what to do about it. A numbe
 may pass (not a multiple of a page, a "raise" that would lower) is a ValueError: our own bug.
 """
 
+from typing import Final
+
+NO_SWAP_ACCOUNTING: Final = (
+    "this kernel does not account for swap by cgroup; boot it with swapaccount=1"
+)
+
 
 class QuotaError(Exception):
     """A quota could not be read, set or taken down."""

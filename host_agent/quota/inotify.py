@@ -21,11 +21,19 @@ def watch_file(path: Path) -> int:
     descriptor = int(_libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
     if descriptor < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), "inotify_init1")
+    try:
+        watch_also(descriptor, path)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def watch_also(descriptor: int, path: Path) -> None:
+    """Have a descriptor of `watch_file` tell of another file as well. Raises OSError."""
     if _libc.inotify_add_watch(descriptor, os.fsencode(path), ctypes.c_uint32(IN_MODIFY)) < 0:
         number = ctypes.get_errno()
-        os.close(descriptor)
         raise OSError(number, os.strerror(number), str(path))
-    return descriptor
 
 
 def drain(descriptor: int) -> None:

@@ -72,6 +72,16 @@ class RaiseGuard:
             if self._raises != ticket.raises:
                 raise NoRoom("the guest was given memory while room was made in it; try later")
 
+    @contextmanager
+    def moving(self) -> Iterator[None]:
+        """Around a change of the limit's files: a shrink under way gives up, a raise waits."""
+        self._closing = True
+        try:
+            with self._shrinking, self._lock:
+                yield
+        finally:
+            self._closing = False
+
     def close(self, close_files: Callable[[], None]) -> None:
         """Let a shrink that is under way give up, then close."""
         self._closing = True

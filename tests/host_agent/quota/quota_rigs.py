@@ -70,6 +70,19 @@ with open(sys.argv[2], "wb+", buffering=0) as file:
         if not file.read(1 << 16):
             file.seek(0)
 """
+# Memory that a system call takes, not a page fault. To say no is another one: so by its status.
+SYSCALL = """
+import os, signal, sys
+file = os.memfd_create("shared")
+left = int(sys.argv[1]) >> 20
+try:
+    while left and os.write(file, bytes(1 << 20)):
+        left -= 1
+    os.write(1, b"done")
+except OSError as error:
+    os._exit(error.errno)
+signal.pause()
+"""
 SWING = """
 import mmap, os, sys
 size = int(sys.argv[1])
@@ -141,12 +154,19 @@ class ProcessTenant(Tenant):
 
 
 class Rig(ABC):
+    protects = True
+    """Whether this kernel can protect a reservation."""
+
     def __init__(self, backend: QuotaBackend) -> None:
         self.backend = backend
         self.quotas: list[VmQuota] = []
 
-    def create(self, quota_mib: int = 96, overhead_mib: int = 24, name: str = "vm1") -> VmQuota:
-        self.quotas.append(self.backend.create(name, quota_mib * MIB, overhead_mib * MIB))
+    def create(
+        self, quota_mib: int = 96, overhead_mib: int = 24, name: str = "vm1", swap_mib: int = 0
+    ) -> VmQuota:
+        self.quotas.append(
+            self.backend.create(name, quota_mib * MIB, overhead_mib * MIB, swap_mib * MIB)
+        )
         return self.quotas[-1]
 
     def close(self) -> None:
@@ -175,6 +195,7 @@ class Rig(ABC):
 class CgroupRig(Rig):
     def __init__(self, backend: QuotaBackend, scratch: Path) -> None:
         super().__init__(backend)
+        self.protects = backend.cgroup_version == 2
         self.scratch = scratch
         self.tenants: list[ProcessTenant] = []
         backend.prepare()
@@ -195,6 +216,10 @@ class CgroupRig(Rig):
     def stream(self, quota: VmQuota, mib: int) -> ProcessTenant:
         file = str(self.scratch / uuid4().hex)
         return self.start(quota.procs_path(Part.WORKLOAD), STREAM, str(mib * MIB), file)
+
+    def take_by_system_calls(self, quota: VmQuota, mib: int) -> ProcessTenant:
+        """A process that takes memory by writing, not by touching."""
+        return self.start(quota.procs_path(Part.WORKLOAD), SYSCALL, str(mib * MIB))
 
     def swing(self, quota: VmQuota, mib: int) -> ProcessTenant:
         """A process that takes so much anonymous memory and gives it back, for ever."""
@@ -245,7 +270,7 @@ class FakeRig(Rig):
         if part is Part.DRIVER:
             quota.vm.driver_bytes += mib * MIB
         else:
-            quota.vm.allocate(mib * MIB)
+            quota.vm.allocate(mib * MIB, tenant.pid)
         return tenant
 
     def fill_cache(self, quota: VmQuota, mib: int) -> FakeTenant:

@@ -1,5 +1,6 @@
 """What only version 1 has: swappiness, memsw, descriptors and mutexes, nested cgroups."""
 
+import errno
 import os
 import resource
 import threading
@@ -11,7 +12,7 @@ from quota_rigs import HOLD, CgroupRig, readable, wait_for
 from host_agent.quota.base import Part, VmQuota
 from host_agent.quota.cgroup1 import Cgroup1Backend, Cgroup1Quota
 from host_agent.quota.control_file import ControlFile
-from host_agent.quota.errors import NoRoom, QuotaError, QuotaUnavailable
+from host_agent.quota.errors import LimitRefused, NoRoom, QuotaError, QuotaUnavailable
 from protocol.units import MIB
 
 pytestmark = pytest.mark.effects
@@ -35,8 +36,8 @@ class Hooked:
 
 def hook_shrink(quota: VmQuota) -> Hooked:
     assert isinstance(quota, Cgroup1Quota)
-    hooked = Hooked(quota._room._limit)
-    quota._room._limit = hooked  # type: ignore[assignment]
+    hooked = Hooked(quota._room._limit.memory)
+    quota._room._limit.memory = hooked  # type: ignore[assignment]
     return hooked
 
 
@@ -66,7 +67,7 @@ def test_swapping_is_off_while_room_is_made_and_back_afterwards(rig1: CgroupRig)
     # Also where the kernel finds out that there is no room.
     tenant = rig1.start(nested / "cgroup.procs", HOLD, str(32 * MIB))
     wait_for(tenant.done, "32 MiB are held")
-    quota._room._check_reclaimable = lambda _: None  # type: ignore[attr-defined]
+    quota._room._check_reclaimable = lambda *_: None  # type: ignore[attr-defined]
     seen.clear()
     with pytest.raises(NoRoom, match="kernel found nothing"):
         quota.make_room(16 * MIB)
@@ -144,23 +145,6 @@ def test_closing_stops_a_shrink(rig1: CgroupRig) -> None:
     assert again.read().workload_limit_bytes == 128 * MIB
 
 
-def test_memsw_is_unlimited_and_raised_only_where_it_stands_in_the_way(rig1: CgroupRig) -> None:
-    quota = rig1.create(quota_mib=64)
-    memsw = quota.directory / Part.WORKLOAD / "memory.memsw.limit_in_bytes"
-    if not memsw.exists():
-        pytest.skip("this kernel does not account for swap")
-    assert int(memsw.read_text()) > 1 << 60
-    quota.raise_quota(96 * MIB)
-    assert int(memsw.read_text()) > 1 << 60
-    memsw.write_text(str(100 * MIB))
-    quota.make_room(64 * MIB)
-    assert int(memsw.read_text()) == 100 * MIB
-    quota.raise_quota(99 * MIB)
-    assert int(memsw.read_text()) == 100 * MIB
-    quota.raise_quota(128 * MIB)
-    assert int(memsw.read_text()) == quota.read().workload_limit_bytes == 128 * MIB
-
-
 def test_creation_is_all_or_nothing(rig1: CgroupRig) -> None:
     """Out of descriptors half way: a real failure, after all directories were made."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -220,3 +204,65 @@ def test_no_directory_to_be_had_is_said_in_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
     with pytest.raises(QuotaUnavailable, match="writable"):
         Cgroup1Backend(tmp_path / "plain").prepare()
+
+
+def test_a_raise_that_finds_memsw_lowered_tries_again(rig1: CgroupRig) -> None:
+    """The last write of a shrink that is about to give up comes between the two of the raise."""
+    quota = rig1.create(quota_mib=64, swap_mib=32)
+    if quota.read_swap() is None:
+        pytest.skip("this kernel does not account for swap")
+    assert isinstance(quota, Cgroup1Quota)
+    memsw = quota.directory / Part.WORKLOAD / "memory.memsw.limit_in_bytes"
+    hooked = Hooked(quota._workload_limit.memory)
+    quota._workload_limit.memory = hooked  # type: ignore[assignment]
+    late = iter([96 * MIB, 80 * MIB])
+    hooked.before = lambda _: memsw.write_text(str(next(late))) if late.__length_hint__() else None
+    quota.raise_quota(128 * MIB)
+    assert late.__length_hint__() == 0
+    assert quota.read().workload_limit_bytes == 128 * MIB
+    assert int(memsw.read_text()) == 160 * MIB
+
+
+@pytest.mark.parametrize("swap_mib", [0, 32])
+def test_memsw_of_the_vm_moves_with_its_limit(rig1: CgroupRig, swap_mib: int) -> None:
+    quota = rig1.create(quota_mib=96, overhead_mib=24, swap_mib=swap_mib)
+    if quota.read_swap() is None:
+        pytest.skip("this kernel does not account for swap")
+
+    def assert_memsw_mib(limit_mib: int) -> None:
+        assert quota.read().vm_limit_bytes == limit_mib * MIB
+        memsw = (quota.directory / "memory.memsw.limit_in_bytes").read_text()
+        assert int(memsw) == (limit_mib + swap_mib) * MIB
+
+    assert_memsw_mib(120)
+    quota.make_room(64 * MIB)
+    assert_memsw_mib(120)
+    quota.lower_quota(64 * MIB)
+    assert_memsw_mib(88)
+    quota.raise_quota(128 * MIB)
+    assert_memsw_mib(152)
+
+
+def test_a_limit_of_which_memsw_can_not_follow_is_put_back(rig1: CgroupRig) -> None:
+    quota = rig1.create(quota_mib=96, overhead_mib=24, swap_mib=32)
+    assert isinstance(quota, Cgroup1Quota)
+    if quota._vm_limit.memsw is None:
+        pytest.skip("this kernel does not account for swap")
+    quota.make_room(64 * MIB)
+    hooked = Hooked(quota._vm_limit.memsw)
+
+    def refuse(value: object) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    hooked.before = refuse
+    quota._vm_limit.memsw = hooked  # type: ignore[assignment]
+    with pytest.raises(LimitRefused, match="driver"):
+        quota.lower_quota(64 * MIB, timeout_s=0.02)
+    assert quota.read().vm_limit_bytes == 120 * MIB
+    assert swap_limit_mib(quota.directory) == 32
+
+
+def swap_limit_mib(directory: Path) -> float:
+    limits = (directory / name for name in ("memory.memsw.limit_in_bytes", "memory.limit_in_bytes"))
+    memsw, memory = (int(path.read_text()) for path in limits)
+    return (memsw - memory) / MIB

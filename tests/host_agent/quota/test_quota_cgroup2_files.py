@@ -13,27 +13,31 @@ from pathlib import Path
 import pytest
 from quota_rigs import DEADLINE_S, readable, wait_for
 
+from host_agent.quota import cgroup2
 from host_agent.quota.base import Part
 from host_agent.quota.cgroup2 import Cgroup2Quota, soft_wall_bytes
-from host_agent.quota.cgroup2_backend import hand_down_memory
+from host_agent.quota.cgroup2_levels import hand_down_memory
 from host_agent.quota.control_file import ControlFile
 from host_agent.quota.errors import LimitRefused, NoRoom, QuotaUnavailable
 from protocol.units import MIB, PAGE_BYTES
 
 WORKLOAD_FILES = {
     "memory.max": 96 * MIB,
+    "memory.min": 0,
     "memory.high": "max",
     "memory.current": 64 * MIB,
     "memory.reclaim": "",
     "memory.stat": f"anon {16 * MIB}\ninactive_file {40 * MIB}\nactive_file {8 * MIB}\n",
     "memory.events": "low 0\nhigh 0\nmax 0\noom 0\noom_kill 0\n",
-    "memory.swap.max": "max",
+    "memory.events.local": "low 0\nhigh 0\nmax 0\noom 0\noom_kill 0\n",
+    "memory.swap.max": 8 * MIB,
     "memory.swap.current": 3 * MIB,
     "cgroup.freeze": "0",
     "cgroup.events": "populated 1\nfrozen 0\n",
 }
 VM_FILES = {
     "memory.max": 120 * MIB,
+    "memory.min": 0,
     "memory.current": 70 * MIB,
     "memory.events": "oom 3\noom_kill 2\n",
     "cgroup.kill": "",
@@ -94,7 +98,7 @@ class Kernel:
         return Journalled(path, writable=writable, waits=waits)
 
     def quota(self) -> Cgroup2Quota:
-        quota = Cgroup2Quota(self.vm, 24 * MIB, self.open_file)
+        quota = Cgroup2Quota(self.vm, 24 * MIB, self.open_file, swap_bytes=8 * MIB)
         quota._room._settle_s = 0.001
         self.quotas.append(quota)
         return quota
@@ -104,7 +108,10 @@ class Kernel:
 
 
 @pytest.fixture
-def kernel(tmp_path: Path) -> Iterator[Kernel]:
+def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernel]:
+    # However slow the machine is that runs this.
+    monkeypatch.setattr("host_agent.quota.cgroup2_room.FROZEN_SLICE_S", DEADLINE_S)
+    monkeypatch.setattr("host_agent.quota.cgroup2_room.FREEZE_TIMEOUT_S", DEADLINE_S)
     made = Kernel(tmp_path)
     yield made
     for quota in made.quotas:
@@ -155,14 +162,14 @@ def test_the_safe_shrink_in_its_order(kernel: Kernel) -> None:
     workload = [(where.removeprefix("workload/"), value) for where, value in kernel.journal]
     assert workload == [
         ("memory.swap.max", str(3 * MIB)),
-        ("memory.high", str(58 * MIB)),
         ("memory.reclaim", str(4 * MIB)),
         ("memory.reclaim", str(2 * MIB)),
+        ("memory.high", str(58 * MIB)),
         ("cgroup.freeze", "1"),
         ("memory.max", str(58 * MIB)),
         ("cgroup.freeze", "0"),
-        ("memory.swap.max", "max"),
         ("memory.high", "max"),
+        ("memory.swap.max", str(8 * MIB)),
     ]
 
 
@@ -180,7 +187,10 @@ def assert_put_back(kernel: Kernel) -> None:
     assert kernel.written("memory.high")[-1] == "max"
     assert int(kernel.written("memory.max")[-1]) == 96 * MIB
     assert set(kernel.written("memory.max")) == {str(96 * MIB)}
-    assert kernel.written("memory.swap.max")[-1:] in ([], ["max"])
+    assert kernel.written("memory.swap.max")[-1:] in ([], [str(8 * MIB)])
+    # Not while the wall is lower than it can do with: it would swap all that it may.
+    names = [where for where, _ in kernel.journal if where.endswith((".high", ".swap.max"))]
+    assert names[-2:] == ["workload/memory.high", "workload/memory.swap.max"]
     assert kernel.written("cgroup.freeze")[-1:] in ([], ["0"])
 
 
@@ -195,9 +205,40 @@ def test_no_after_twenty_refusals(kernel: Kernel) -> None:
     kernel.after["memory.reclaim"] = kernel.refuse
     with pytest.raises(NoRoom, match="too many"):
         kernel.quota().make_room(32 * MIB)
-    assert len(kernel.written("memory.reclaim")) == 20
+    assert len(kernel.written("memory.reclaim")) == 1 + 20  # gently, then under the wall
     assert kernel.written("cgroup.freeze") == []
     assert_put_back(kernel)
+
+
+def test_a_refusal_while_memory_is_on_its_way_to_swap_is_none(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is slow: reclaim gives up at once, and what was swapped out is free a bit later."""
+    monkeypatch.setattr("host_agent.quota.cgroup2_swap.DISK_WAIT_S", 0.0)
+    kernel.put("memory.stat", f"anon {64 * MIB}\ninactive_file 0\nactive_file 0\n")
+    refusals = 0
+
+    def reclaim(value: str) -> None:
+        nonlocal refusals
+        refusals += 1
+        if refusals % 30 == 0:
+            kernel.reclaim(str(MIB // 4))
+        else:
+            swapped_bytes = int((kernel.workload / "memory.swap.current").read_text())
+            kernel.put("memory.swap.current", min(8 * MIB, swapped_bytes + MIB // 16))
+            kernel.refuse(value)
+
+    kernel.after["memory.reclaim"] = reclaim
+    with pytest.raises(NoRoom, match="too many"):
+        kernel.quota().make_room(60 * MIB, swap_bytes=5 * MIB)
+    # Until its swap was full, and twenty more.
+    assert 5 * 16 + 20 <= refusals < 5 * 16 + 60
+    assert_put_back(kernel)
+    refusals = 0
+    kernel.put("memory.swap.current", 3 * MIB)
+    with pytest.raises(NoRoom):
+        kernel.quota().make_room(58 * MIB)
+    assert refusals < 25
 
 
 def test_no_for_a_workload_that_keeps_touching_the_wall(kernel: Kernel) -> None:
@@ -216,6 +257,53 @@ def test_no_for_a_workload_that_keeps_touching_the_wall(kernel: Kernel) -> None:
     assert_put_back(kernel)
 
 
+@pytest.mark.parametrize(("most_mib", "fits"), [(50, True), (200, False)])
+def test_a_workload_on_its_way_up_has_not_settled(
+    kernel: Kernel, most_mib: int, fits: bool
+) -> None:
+    """However slow the machine is: it is waited for what comes at the top."""
+    quota = kernel.quota()
+    kernel.after["memory.reclaim"] = kernel.refuse
+    kernel.put("memory.current", 20 * MIB)
+    kernel.put("memory.stat", "inactive_file 0")
+    looks = iter(range(20, 400))
+
+    def fixed_bytes() -> int:
+        mib = next(looks)
+        return (mib if mib < most_mib else 20) * MIB
+
+    quota._room._fixed_bytes = fixed_bytes  # type: ignore[method-assign]
+    events = iter(range(1, 400))
+    quota._room._high_events = lambda: next(events)  # type: ignore[method-assign]
+    if fits:
+        quota.make_room(60 * MIB)
+        assert 50 <= next(looks) < 80  # the window after the one with the top, at the latest
+    else:
+        with pytest.raises(NoRoom, match="growing back"):
+            quota.make_room(60 * MIB)
+        assert_put_back(kernel)
+
+
+def test_a_workload_that_is_past_its_top_has_settled(kernel: Kernel) -> None:
+    """Though it stands higher than at the first look: it has been seen where it goes to."""
+    quota = kernel.quota()
+    kernel.put("memory.stat", "inactive_file 0")
+    seen_mib = [20, 24, 28, 32, 36, 40, 40, 40, 40, 40, 36]
+    looks = iter(seen_mib + [60] * len(seen_mib))
+    quota._room._fixed_bytes = lambda: next(looks) * MIB  # type: ignore[method-assign]
+    quota.make_room(80 * MIB)
+    assert list(looks) == [60] * len(seen_mib)  # one window, and none after it
+
+
+def test_a_wall_of_a_container_below_is_no_sign_of_need(kernel: Kernel) -> None:
+    """It counts in memory.events, which adds up, and not in what the workload itself met."""
+    quota = kernel.quota()
+    kernel.put("memory.events", "high 7\noom_kill 0")
+    assert quota._room._high_events() == 0
+    kernel.put("memory.events.local", "high 3\noom_kill 0")
+    assert quota._room._high_events() == 3
+
+
 def test_no_if_it_has_grown_when_it_is_frozen(kernel: Kernel) -> None:
     def freeze(value: str) -> None:
         kernel.freeze(value)
@@ -223,7 +311,7 @@ def test_no_if_it_has_grown_when_it_is_frozen(kernel: Kernel) -> None:
         kernel.after["memory.reclaim"] = kernel.refuse
 
     kernel.after["cgroup.freeze"] = freeze
-    with pytest.raises(NoRoom, match="too many"):
+    with pytest.raises(NoRoom, match="grew"):
         kernel.quota().make_room(32 * MIB)
     assert_put_back(kernel)
 
@@ -248,6 +336,68 @@ def test_a_guest_that_streams_through_its_cache_gives_way(kernel: Kernel) -> Non
     assert kernel.current() == 32 * MIB
     assert kernel.written("memory.max") == [str(32 * MIB)]
     assert kernel.written("cgroup.freeze") == ["1", "0"]
+
+
+@pytest.mark.parametrize(
+    ("armed", "anon_mib", "settles"), [(True, 16, False), (True, 53, True), (False, 16, True)]
+)
+def test_it_settles_only_where_a_mistake_would_be_dear(
+    kernel: Kernel, armed: bool, anon_mib: int, settles: bool
+) -> None:
+    """A limit of 60, its wall at 56: 53 of what can't be reclaimed is near."""
+    quota = kernel.quota()
+    settled: list[object] = []
+    quota._room._settle = lambda *_: settled.append(1)  # type: ignore[method-assign]
+    kernel.put("memory.stat", f"anon {anon_mib * MIB}\ninactive_file {(64 - anon_mib) * MIB}")
+
+    def reclaim(value: str) -> None:
+        kernel.reclaim(value)
+        cache_bytes = kernel.current() - anon_mib * MIB
+        kernel.put("memory.stat", f"anon {anon_mib * MIB}\ninactive_file {cache_bytes}")
+
+    kernel.after["memory.reclaim"] = reclaim
+    if armed:
+        quota.arm_dry_events()
+    phases = quota.make_room(60 * MIB)
+    assert bool(settled) == settles
+    assert (phases.settle_s > 0) == settles
+    assert 0 < phases.frozen_s < phases.total_s
+    assert kernel.written("memory.max") == [str(60 * MIB)]
+
+
+def test_a_workload_is_thawed_between_slices_of_reclaim(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What came back meanwhile takes longer than it may stand still for."""
+    monkeypatch.setattr("host_agent.quota.cgroup2_room.FROZEN_SLICE_S", -1.0)
+    grown = iter([36, 34])
+
+    def freeze(value: str) -> None:
+        kernel.freeze(value)
+        if value == "1" and (mib := next(grown, None)):
+            kernel.put("memory.current", mib * MIB)
+
+    kernel.after["cgroup.freeze"] = freeze
+    quota = kernel.quota()
+    quota.make_room(32 * MIB)
+    assert kernel.written("cgroup.freeze") == ["1", "0"] * 3
+    assert kernel.written("memory.max") == [str(32 * MIB)]
+
+
+def test_no_for_a_workload_that_is_faster_than_reclaim(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("host_agent.quota.cgroup2_room.FROZEN_SLICE_S", -1.0)
+
+    def freeze(value: str) -> None:
+        kernel.freeze(value)
+        kernel.put("memory.current", 36 * MIB)
+
+    kernel.after["cgroup.freeze"] = freeze
+    with pytest.raises(NoRoom, match="faster"):
+        kernel.quota().make_room(32 * MIB)
+    assert kernel.written("cgroup.freeze") == ["1", "0"] * 10
+    assert_put_back(kernel)
 
 
 def test_no_if_it_cannot_be_frozen(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,6 +466,31 @@ def test_what_is_dry(kernel: Kernel, current_mib: int, file_mib: int, dry: bool)
     quota.close()
 
 
+@pytest.mark.parametrize(
+    ("swap_max_mib", "machine_mib", "dry"),
+    [
+        (20, 100, False),  # it swaps
+        (20, 0, True),  # the machine's swap is full
+        (3, 100, True),  # its own is, or room is being made: the same to the guest
+    ],
+)
+def test_a_guest_is_dry_when_it_has_no_swap_left(
+    kernel: Kernel,
+    monkeypatch: pytest.MonkeyPatch,
+    swap_max_mib: int,
+    machine_mib: int,
+    dry: bool,
+) -> None:
+    monkeypatch.setattr(cgroup2, "free_swap_bytes", lambda: machine_mib * MIB)
+    quota = kernel.quota()
+    quota.arm_dry_events()
+    kernel.put("memory.swap.max", swap_max_mib * MIB)
+    kernel.put("memory.current", 93 * MIB)
+    kernel.put("memory.stat", f"inactive_anon {93 * MIB}\nactive_anon 0")
+    assert quota.dry_state().under_oom is dry
+    quota.close()
+
+
 def test_a_guest_halfway_through_the_wall_is_frozen_until_it_is_answered(kernel: Kernel) -> None:
     quota = kernel.quota()
     quota.arm_dry_events()
@@ -328,6 +503,7 @@ def test_a_guest_halfway_through_the_wall_is_frozen_until_it_is_answered(kernel:
     assert kernel.written("cgroup.freeze") == ["1"]
     with pytest.raises(NoRoom, match="dry"):
         quota.make_room(90 * MIB)
+    quota.raise_workload(96 * MIB)  # what it has already
     assert kernel.written("cgroup.freeze") == ["1"]
     quota.raise_quota(128 * MIB)
     assert kernel.journal[-1] == ("workload/cgroup.freeze", "0")
@@ -352,16 +528,14 @@ def test_a_dry_guest_is_not_frozen_while_room_is_made_in_it(kernel: Kernel) -> N
     def freeze(value: str) -> None:
         kernel.freeze(value)
         if value == "1":
+            kernel.put("memory.current", 96 * MIB)
             kernel.put("memory.stat", "inactive_file 0")
+            kernel.after["memory.reclaim"] = kernel.refuse
             assert quota.dry_state().under_oom
             quota.raise_workload(96 * MIB)
             assert kernel.written("cgroup.freeze") == ["1"]
 
     kernel.after["cgroup.freeze"] = freeze
-    kernel.put("memory.current", 96 * MIB)
-    kernel.put("memory.stat", f"inactive_file {96 * MIB}")
-    kernel.after["memory.reclaim"] = lambda value: None
-    quota._room._reclaim_down_to = lambda *_: None  # type: ignore[method-assign]
     with pytest.raises(NoRoom):
         quota.make_room(64 * MIB)
     assert kernel.written("cgroup.freeze") == ["1", "0"]
@@ -392,3 +566,30 @@ def test_handing_the_controller_down(tmp_path: Path) -> None:
     (tmp_path / "cgroup.controllers").write_text("cpu\n")
     with pytest.raises(QuotaUnavailable, match="Delegate=memory"):
         hand_down_memory(tmp_path)
+
+
+def test_a_held_guest_is_thawed_also_if_a_shrink_began_meanwhile(kernel: Kernel) -> None:
+    kernel.put("memory.stat", "inactive_file 0")
+    kernel.put("memory.current", 95 * MIB)
+    quota = kernel.quota()
+    quota.arm_dry_events()
+    assert quota.dry_state().under_oom
+    assert kernel.written("cgroup.freeze") == ["1"]
+    with quota._guard._shrinking:  # until it looks, and refuses
+        assert quota.dry_state().under_oom
+    quota.raise_quota(128 * MIB)
+    assert kernel.written("cgroup.freeze") == ["1", "0"]
+
+
+@pytest.mark.parametrize(("anon_mib", "dry"), [(60, False), (0, True)])
+def test_swap_is_no_help_for_what_can_not_be_swapped(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch, anon_mib: int, dry: bool
+) -> None:
+    monkeypatch.setattr(cgroup2, "free_swap_bytes", lambda: 1024 * MIB)
+    kernel.put("memory.swap.max", 40 * MIB)
+    kernel.put("memory.swap.current", 0)
+    kernel.put("memory.stat", f"inactive_anon {anon_mib * MIB}")
+    kernel.put("memory.current", 95 * MIB)
+    quota = kernel.quota()
+    quota.arm_dry_events()
+    assert quota.dry_state().under_oom is dry

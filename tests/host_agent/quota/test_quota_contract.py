@@ -1,11 +1,13 @@
 """One contract for all back ends: the same tests on real cgroups and on the fake."""
 
+import errno
 import time
+from pathlib import Path
 
 import pytest
-from quota_rigs import DEADLINE_S, Rig, readable, wait_for
+from quota_rigs import DEADLINE_S, CgroupRig, Rig, readable, wait_for
 
-from host_agent.quota.base import Part, VmQuota
+from host_agent.quota.base import Part, QuotaBackend, VmQuota
 from host_agent.quota.errors import LimitRefused, NoRoom, QuotaError, StillBusy, VmExists, VmGone
 from protocol.units import MIB
 
@@ -19,6 +21,21 @@ def workload_limit_mib(quota: VmQuota) -> float:
 
 def usage_mib(quota: VmQuota) -> float:
     return quota.read().workload_usage_bytes / MIB
+
+
+def test_the_contract_speaks_of_every_method() -> None:
+    """Those of swap are in test_quota_swap.py."""
+    files = (Path(__file__), Path(__file__).with_name("test_quota_swap.py"))
+    suite = "".join(path.read_text(encoding="utf-8") for path in files)
+    methods = VmQuota.__abstractmethods__ | QuotaBackend.__abstractmethods__
+    assert len(methods) > 20
+    assert {name for name in methods if f".{name}" not in suite} == set()
+
+
+def test_preparing_twice_is_no_error(rig: Rig) -> None:
+    rig.create()
+    rig.backend.prepare()
+    assert rig.backend.names() == ("vm1",)
 
 
 def test_both_limits_are_in_force_before_anybody_is_there(rig: Rig) -> None:
@@ -229,6 +246,24 @@ def test_a_guest_that_is_not_dry_raises_no_event(rig: Rig) -> None:
     assert not quota.dry_state().under_oom
 
 
+@pytest.mark.effects
+def test_a_system_call_that_needs_memory_in_a_dry_guest(real_rig: CgroupRig) -> None:
+    """Version 1 can hold page faults alone; here nobody is killed, and there nobody told no."""
+    quota = real_rig.create(quota_mib=48)
+    event = quota.arm_dry_events()
+    tenant = real_rig.take_by_system_calls(quota, 64)
+    if real_rig.backend.cgroup_version == 1:
+        wait_for(lambda: not tenant.alive(), "it was told no")
+        assert tenant.process.returncode == errno.ENOMEM
+    else:
+        assert readable(event, DEADLINE_S)
+        wait_for(lambda: quota.dry_state().under_oom, "the guest is dry")
+        assert not tenant.done()
+        quota.raise_quota(128 * MIB)
+        wait_for(tenant.done, "the guest goes on")
+    assert quota.oom_kills_total == 0
+
+
 def test_without_memory_to_give_the_kernel_decides(rig: Rig) -> None:
     quota = rig.create(quota_mib=48)
     quota.arm_dry_events()
@@ -239,6 +274,47 @@ def test_without_memory_to_give_the_kernel_decides(rig: Rig) -> None:
     wait_for(lambda: quota.dry_state().kills_total == 1, "the kill is counted")
     assert not quota.dry_state().under_oom
     assert workload_limit_mib(quota) == 48
+
+
+def test_the_kernel_kills_one_process_and_the_vm_goes_on(rig: Rig) -> None:
+    quota = rig.create(quota_mib=64)
+    small = rig.hold(quota, 8)
+    wait_for(small.done, "8 MiB are held")
+    greedy = rig.hold(quota, 96)
+    wait_for(lambda: not greedy.alive(), "the kernel has killed")
+    wait_for(lambda: quota.oom_kills_total == 1, "the kill is counted")
+    assert small.alive()
+    another = rig.hold(quota, 16)
+    wait_for(another.done, "it goes on")
+    assert small.alive()
+
+
+def test_a_reservation_is_protected_where_the_kernel_can(rig: Rig) -> None:
+    quota = rig.create(quota_mib=96)
+
+    def protected(quota: VmQuota) -> list[float]:
+        """What it should be, or nothing on version 1."""
+        return [] if quota.protected_bytes is None else [quota.protected_bytes / MIB]
+
+    if rig.protects:
+        assert protected(quota) == [0]
+    quota.protect(32 * MIB)
+    assert protected(quota) == [32] * rig.protects
+    quota.protect(128 * MIB)  # more than it has now
+    assert protected(quota) == [128] * rig.protects
+    # A quota that moves leaves it alone, and it is nothing to make room against.
+    tenant = rig.fill_cache(quota, 64)
+    wait_for(tenant.done, "64 MiB are cached")
+    quota.make_room(32 * MIB)
+    quota.lower_quota(32 * MIB)
+    quota.raise_quota(64 * MIB)
+    again = rig.backend.open_existing("vm1", quota.overhead_bytes)
+    assert protected(again) == [128] * rig.protects
+    again.protect(0)
+    assert protected(quota) == [0] * rig.protects
+    again.close()
+    with pytest.raises(ValueError, match="pages"):
+        quota.protect(1)
 
 
 def test_armed_again_it_hangs_again(rig: Rig) -> None:
@@ -300,6 +376,8 @@ def test_a_removed_vm_says_so(rig: Rig) -> None:
             gone.make_room(4 * MIB)
         with pytest.raises(VmGone):
             gone.driver_inode()
+        with pytest.raises(VmGone):
+            gone.protect(4 * MIB)
     other.close()
     with pytest.raises(VmGone):
         rig.backend.open_existing("vm1", 0)

@@ -54,14 +54,86 @@ def test_version_2_otherwise(tmp_path: Path) -> None:
     assert backend.cgroup_version == 2
 
 
-def test_a_delegated_directory(tmp_path: Path) -> None:
+def unit(point: Path, name: str, controllers: str = "memory") -> Path:
+    directory = point / "system.slice" / name
+    directory.mkdir(parents=True)
+    (directory / "cgroup.controllers").write_text(controllers + "\n")
+    (directory / "cgroup.procs").write_text("")
+    return directory
+
+
+@pytest.fixture
+def marked(monkeypatch: pytest.MonkeyPatch) -> set[Path]:
+    """Directories that systemd has delegated; not every file system keeps attributes."""
+    found: set[Path] = set()
+    monkeypatch.setattr("host_agent.quota.delegation.is_delegated", found.__contains__)
+    return found
+
+
+def test_what_was_delegated_to_this_process(tmp_path: Path, marked: set[Path]) -> None:
     point = version_2(tmp_path, "memory")
-    file = mountinfo(tmp_path, V2.format(point=point))
-    backend = detect("mine", delegated=point / "user.slice", mountinfo=file)
-    assert isinstance(backend, Cgroup2Backend)
-    assert backend.root == point / "user.slice" / "mine"
-    with pytest.raises(QuotaUnavailable, match="no mounted cgroup"):
-        detect(delegated=tmp_path / "elsewhere", mountinfo=file)
+    mine = unit(point, "mine.service")
+    own, mounts = tmp_path / "own", mountinfo(tmp_path, V2.format(point=point))
+
+    def base(cgroup: str, root_path: str = "a") -> Path:
+        own.write_text(f"1:name=systemd:/elsewhere\n0::/{cgroup}\n")
+        found = detect(root_path, mountinfo=mounts, own_cgroup=own)
+        assert isinstance(found, Cgroup2Backend)
+        assert found.delegated == (found.base != point)
+        return found.base
+
+    assert base("system.slice/mine.service") == point
+    marked.add(mine)
+    assert base("system.slice/mine.service") == mine
+    assert base("system.slice/mine.service/agent") == mine
+    # Further down or elsewhere is somebody else, however it was started.
+    assert base("system.slice/mine.service/shell") == point
+    assert base("system.slice/mine.service/agent/agent") == point
+    assert base("") == point
+    # Said by hand it is so, whoever asks.
+    assert base("", "/system.slice/mine.service/a") == mine
+    assert base("system.slice/mine.service", "/a") == point
+
+
+@pytest.mark.parametrize("path", ["lab/agents/a", "/system.slice/mine.service/a", "a"])
+def test_where_the_root_is(path: str, tmp_path: Path) -> None:
+    point = version_2(tmp_path, "memory")
+    mine = unit(point, "mine.service")
+    mounts = mountinfo(tmp_path, V2.format(point=point))
+    own = tmp_path / "own"
+    own.write_text("0::/\n")
+    found = detect(path, mountinfo=mounts, own_cgroup=own)
+    assert found.root == point / path.removeprefix("/")
+    lab = point / "lab"
+    assert found.between == ((lab, lab / "agents") if path.startswith("lab") else ())
+    assert found.base == (mine if path.startswith("/") else point)
+
+
+@pytest.mark.parametrize("path", ["", "/", "a/", "a//b", "../a", "a/..", "/a/../b", "a b", "a/b@"])
+def test_paths_that_lead_elsewhere_are_refused(path: str) -> None:
+    with pytest.raises(ValueError, match="path of a cgroup"):
+        detect(path)
+
+
+def test_what_was_not_delegated_is_said_with_what_to_do(tmp_path: Path, marked: set[Path]) -> None:
+    point = version_2(tmp_path, "memory")
+    marked.add(unit(point, "bare.service", "cpu pids"))
+    mounts = mountinfo(tmp_path, V2.format(point=point))
+    own = tmp_path / "own"
+    own.write_text("0::/system.slice/bare.service\n")
+    with pytest.raises(QuotaUnavailable, match=r"no memory controller.*systemd-run -p Delegate"):
+        detect(mountinfo=mounts, own_cgroup=own)
+    with pytest.raises(QuotaUnavailable, match=r"no cgroup .*/gone: .*leading slash"):
+        detect("/gone/a", mountinfo=mounts, own_cgroup=own)
+
+
+def test_only_what_is_between_is_removed_and_only_if_empty(tmp_path: Path) -> None:
+    backend = Cgroup2Backend(tmp_path / "a" / "b" / "root", tmp_path)
+    backend.root.mkdir(parents=True)
+    (tmp_path / "a" / "other").mkdir()
+    backend.remove_root()
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["other"]
 
 
 @pytest.mark.parametrize(
