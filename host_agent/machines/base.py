@@ -23,6 +23,8 @@ class ExitStatus:
     code: int | None = None
     """0 to 255; for a command that a signal ended, 128 + the signal's number, as in a shell."""
     detail: str = ""
+    out_of_memory: bool = False
+    """Whether its kernel is known to have killed in it for want of memory."""
 
     @property
     def ok(self) -> bool:
@@ -42,7 +44,7 @@ class MachineSpec:
     name: str
     """Also its host name."""
     command: tuple[str, ...]
-    """The workload; when it exits, the mock VM ends."""
+    """The workload; when it exits, the mock VM ends. Empty: the image's own."""
     socket_dir: Path
     """Directory of the guest's private channel socket; a backend may keep small files in it."""
     run_dir: Path
@@ -59,6 +61,17 @@ class MachineSpec:
     driver_procs: Path
     """The same for the driver and the VM's init."""
     driver_argv: tuple[str, ...]
+    """The driver's command line; empty if it is to have none."""
+    driver_arguments: tuple[str, ...] = ()
+    """The same driver's own arguments, for one that is forked; empty if none can be."""
+    image: str | None = None
+    """What a container engine makes it of; None for a backend that needs none."""
+    network: str | None = None
+    """Of the container engine's; None for no network at all."""
+    overhead_bytes: int = 0
+    """What its limit has beyond its quota, for the driver."""
+    assigned_bytes: int | None = None
+    """Its size as a VM, where it is to be told to the workload; None where nobody asks."""
     env: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     """Added to the small environment that every mock VM has; nothing of the agent's leaks in."""
 
@@ -72,8 +85,13 @@ class Machine(Protocol):
         ...
 
     @property
-    def init_pid(self) -> int:
-        """The host's pid of its process 1."""
+    def place(self) -> Path | None:
+        """Its memory cgroup, if that isn't below the agent's root: see `VmQuota.enter_scope`."""
+        ...
+
+    @property
+    def outlives_agent(self) -> bool:
+        """Whether somebody else's processes run in it, which an agent that ends leaves alone."""
         ...
 
     @property
@@ -83,6 +101,10 @@ class Machine(Protocol):
 
     async def wait_exited(self) -> ExitStatus:
         """Wait until nothing of the mock VM runs any more; may be called again, and by many."""
+        ...
+
+    async def last_words(self) -> str | None:
+        """What its command said last, as one line, once it has ended; None: its log has that."""
         ...
 
     async def stop(self, timeout_s: float) -> ExitStatus:

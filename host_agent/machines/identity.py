@@ -58,6 +58,10 @@ class ProcessHandle:
             return None
         return handle
 
+    def fileno(self) -> int:
+        """The pidfd, which stays this handle's."""
+        return self._pidfd
+
     def is_alive(self) -> bool:
         """Whether it still runs; a zombie does not."""
         try:
@@ -93,6 +97,23 @@ def start_ticks_of(pid: int) -> int:
     Raises ProcessLookupError if there is none of this pid.
     """
     return int(_stat_fields(pid)[19])
+
+
+def parent_of(pid: int) -> int:
+    """The pid of its parent, 0 if that is not to be seen from here. Raises ProcessLookupError."""
+    return int(_stat_fields(pid)[1])
+
+
+def pid_inside(pid: int) -> int | None:
+    """The pid that a process has in its innermost namespace; None if it is gone."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    for line in status.splitlines():
+        if line.startswith("NSpid:"):
+            return int(line.split()[-1])
+    return None
 
 
 def boot_id() -> str:

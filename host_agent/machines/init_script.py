@@ -11,10 +11,19 @@ init        what setup becomes: runs the driver (again and again) and the worklo
             ends with the workload. It has moved the workload into its own cgroup before the
             workload's program is loaded, so nothing of it is charged to the driver.
 
-On descriptor 3 the launching agent hears "pid N", answers with a line on descriptor 0, and hears
-"ready" or "failed TEXT". Descriptor 4 is the workload's cgroup.procs, opened while the host's files
-could still be seen. On descriptor 5 the init tells the supervisor the workload's exit status at the
-end: it tells nothing if it was killed. None of them reaches the driver or the workload.
+On descriptor 3, a socket, the launching agent hears "pid N", answers with a line, and hears "ready"
+or "failed TEXT". Then it has a driver forked, whose lifeline the other end becomes
+(driver_template.py), and says "forked"; or it says nothing and closes its end. When that end is
+closed for good there is no driver, and the init starts one, again and again. Descriptor 4 is the
+workload's cgroup.procs, opened while the host's files could still be seen. On descriptor 5 the init
+tells the supervisor the workload's exit status at the end: it tells nothing if it was killed. None
+of them reaches a driver that the init starts, or the workload.
+
+A driver that comes from outside, for a container that an engine makes, has the same stages but the
+workload's: `write_outside_scripts`. It does not wait for the container: its supervisor hears the
+host's pid of the container's process 1 on descriptor 0 when there is one, and puts a leash there, a
+process that the kernel ends with the container's pid namespace, whether or not an agent is there.
+Supervisor, driver and leash are one process group: each takes the others with it.
 """
 
 import re
@@ -43,11 +52,9 @@ set -eu
 read -r pid rest </proc/self/stat
 echo "pid $pid" >&3
 # The agent answers when it has hold of us; without it there shall be no VM.
-read -r answer
+read -r answer <&3
 exec </dev/null
-
-echo @NAME@ >/proc/sys/kernel/hostname
-ip link set lo up 2>/dev/null || :
+@OWN_NAMES@
 # Without mtab, mount and umount leave no /run/mount behind, on whichever /run it would be.
 mount --no-mtab --all --fstab @FSTAB_FILE@
 cd @ROOT@
@@ -56,6 +63,11 @@ umount --no-mtab --lazy /dev/shm
 cd /
 exec setpriv --bounding-set=-all,+ipc_lock --inh-caps=-all --ambient-caps=-all --clear-groups \
     --no-new-privs -- sh @INIT_FILE@
+"""
+
+_OWN_NAMES: Final = """
+echo @NAME@ >/proc/sys/kernel/hostname
+ip link set lo up 2>/dev/null || :
 """
 
 _INIT: Final = """
@@ -84,9 +96,10 @@ fi
     exec "$@" 3>&- 4>&- 5>&-
 ) &
 workload=$!
-exec 3>&- 4>&-
+exec 4>&-
 [ -z "$stopping" ] || kill -TERM "$workload"
 @DRIVER_LOOP@
+exec 3>&-
 while :; do
     wait "$workload"
     status=$?
@@ -97,11 +110,42 @@ echo "$status" >&5
 """
 
 _DRIVER_LOOP: Final = """
-while :; do
-    @DRIVER@
-    echo "memballoon: the driver ended ($?), again in @DELAY@ s" >&2
-    sleep @DELAY@
-done 5>&- &
+{
+    if read -r forked <&3; then
+        read -r ended <&3
+        echo "memballoon: the driver ended, another one in @DELAY@ s" >&2
+        sleep @DELAY@
+    fi
+    exec 3>&-
+    while :; do
+        @DRIVER@
+        echo "memballoon: the driver ended ($?), again in @DELAY@ s" >&2
+        sleep @DELAY@
+    done
+} 5>&- &
+"""
+
+_SUPERVISE_OUTSIDE: Final = """
+exec 3>&1 1>&2
+echo $$ >@DRIVER_PROCS@ || { echo "failed can't join the driver's cgroup" >&3; exit 125; }
+{
+    unshare --mount --propagation private --pid --fork --kill-child --ipc --uts --net \
+        -- sh @SETUP_FILE@
+    kill -KILL 0
+} &
+exec 3>&-
+read -r init || kill -KILL 0
+# Nobody's and without rights: what is in the container may see it, and it may do nothing.
+nsenter --target "$init" --pid -- setpriv --reuid=65534 --regid=65534 --clear-groups \
+    --inh-caps=-all --bounding-set=-all --no-new-privs -- sleep infinity
+kill -KILL 0
+"""
+
+_INIT_OUTSIDE: Final = """
+echo ready >&3
+@DRIVER_LOOP@
+exec 3>&-
+wait
 """
 
 
@@ -163,22 +207,42 @@ def write_scripts(spec: MachineSpec) -> None:
         EXIT_FILE=_quote(shop.exit_file),
         SETUP_FILE=_quote(shop.setup_file),
     )
-    setup = _fill(
+    init = _fill(_INIT, COMMAND=shlex.join(spec.command), DRIVER_LOOP=_driver_loop(spec))
+    shop.supervise_file.write_text(supervise, encoding="utf-8")
+    shop.setup_file.write_text(_setup(spec, _OWN_NAMES), encoding="utf-8")
+    shop.init_file.write_text(init, encoding="utf-8")
+
+
+def write_outside_scripts(spec: MachineSpec) -> None:
+    """Write the scripts of a driver from outside into the workshop. Raises OSError."""
+    shop = Workshop.of(spec.socket_dir)
+    supervise = _fill(
+        _SUPERVISE_OUTSIDE,
+        DRIVER_PROCS=_quote(spec.driver_procs),
+        SETUP_FILE=_quote(shop.setup_file),
+    )
+    init = _fill(_INIT_OUTSIDE, DRIVER_LOOP=_driver_loop(spec))
+    shop.supervise_file.write_text(supervise, encoding="utf-8")
+    shop.setup_file.write_text(_setup(spec, ""), encoding="utf-8")
+    shop.init_file.write_text(init, encoding="utf-8")
+
+
+def _setup(spec: MachineSpec, own_names: str) -> str:
+    shop = Workshop.of(spec.socket_dir)
+    return _fill(
         _SETUP,
-        NAME=shlex.quote(spec.name),
+        OWN_NAMES=_fill(own_names, NAME=shlex.quote(spec.name)),
         ROOT=_quote(shop.root),
         FSTAB_FILE=_quote(shop.fstab_file),
         # The VM sees its socket directory where the agent's run directory is.
         INIT_FILE=_quote(Workshop.of(spec.run_dir).init_file),
     )
-    loop = ""
-    if spec.driver_argv:
-        driver = shlex.join(spec.driver_argv)
-        loop = _fill(_DRIVER_LOOP, DRIVER=driver, DELAY=str(RESPAWN_DELAY_S))
-    init = _fill(_INIT, COMMAND=shlex.join(spec.command), DRIVER_LOOP=loop)
-    shop.supervise_file.write_text(supervise, encoding="utf-8")
-    shop.setup_file.write_text(setup, encoding="utf-8")
-    shop.init_file.write_text(init, encoding="utf-8")
+
+
+def _driver_loop(spec: MachineSpec) -> str:
+    if not spec.driver_argv:
+        return ""
+    return _fill(_DRIVER_LOOP, DRIVER=shlex.join(spec.driver_argv), DELAY=str(RESPAWN_DELAY_S))
 
 
 def _fill(template: str, **values: str) -> str:

@@ -12,6 +12,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
@@ -20,31 +21,18 @@ from typing import Any, Final
 import trio
 
 from host_agent.machines.base import ExitStatus, MachineError, MachineSpec
+from host_agent.machines.driver_template import DriverTemplate
+from host_agent.machines.environment import ENVIRONMENT
 from host_agent.machines.file_tree import interpreter_dirs, prepare, write_fstab
 from host_agent.machines.identity import ProcessHandle, boot_id
 from host_agent.machines.init_script import Workshop, write_scripts
-from host_agent.machines.syscall_filter import call_without_user_namespaces
-from protocol.vocabulary import one_line
-
-LAUNCH_DEADLINE_S: Final = 20.0
-"""Setting up takes tens of milliseconds; a machine under memory pressure may be slow."""
+from host_agent.machines.supervisor import birth_of, set_up, start_supervisor
 
 KILL_DEADLINE_S: Final = 20.0
 """The kernel frees the memory of what it kills first, and there may be much."""
 
 EMPTY_WATCH_S: Final = 0.002
 """Between looks at a cgroup whose last processes are on their way out."""
-
-MAX_HEARD_BYTES: Final = 4096
-"""What setup says in all: three short lines."""
-
-LOG_TAIL_BYTES: Final = 4096
-
-ENVIRONMENT: Final = {
-    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-    "HOME": "/var/tmp",
-    "LANG": "C.UTF-8",
-}
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 """A host name of at most 63 characters (HOST_NAME_MAX is 64)."""
@@ -88,6 +76,16 @@ class ProcessMachine:
         return self._init.pid
 
     @property
+    def place(self) -> Path | None:
+        """Below the agent's root."""
+        return None
+
+    @property
+    def outlives_agent(self) -> bool:
+        """It is this agent's, and ends with it."""
+        return False
+
+    @property
     def state(self) -> dict[str, Any]:
         """What `ProcessBackend.adopt` needs: JSON values only."""
         return dict(self._state)
@@ -102,6 +100,10 @@ class ProcessMachine:
             self._settle()
         assert self._status is not None
         return self._status
+
+    async def last_words(self) -> str | None:
+        """See `Machine.last_words`."""
+        return None
 
     async def stop(self, timeout_s: float) -> ExitStatus:
         """See `Machine.stop`."""
@@ -135,28 +137,28 @@ class ProcessBackend:
         *,
         hidden_dirs: tuple[Path, ...] = (),
         shown_dirs: tuple[Path, ...] | None = None,
+        template: DriverTemplate | None = None,
     ) -> None:
         """`hidden_dirs` are empty inside (other guests' disks); `shown_dirs` stay visible though
-        they lie in /tmp, /var/tmp, /run or /dev (None: what this Python needs).
+        they lie in /tmp, /var/tmp, /run or /dev (None: what this Python needs). Drivers are forked
+        from the `template` where there is one.
         """
+        self._template = template
         self._hidden = hidden_dirs
         self._shown = interpreter_dirs() if shown_dirs is None else shown_dirs
 
     async def launch(self, spec: MachineSpec) -> ProcessMachine:
         """See `MachineBackend.launch`."""
         _check(spec)
+        if self._template is not None:
+            self._template.want()
         try:
-            child = await trio.to_thread.run_sync(self._start, spec)
+            child, talk = await trio.to_thread.run_sync(self._start, spec)
         except OSError as error:
             raise MachineError(f"{spec.name} can't be started: {error}") from error
         async with _killed_on_failure(child, spec):
-            try:
-                with trio.fail_after(LAUNCH_DEADLINE_S):
-                    init = await _set_up(child, spec)
-            except trio.TooSlowError:
-                raise MachineError(
-                    f"{spec.name} was not set up in {LAUNCH_DEADLINE_S:g} s"
-                ) from None
+            birth = birth_of(spec, self._template)
+            init = await set_up(talk, spec.name, spec.log_path, birth)
             supervisor = ProcessHandle.of(child.pid)
         return ProcessMachine(spec.name, spec.socket_dir, init, supervisor, child)
 
@@ -180,14 +182,16 @@ class ProcessBackend:
         supervisor = None if known is None else ProcessHandle.find(*known)
         return ProcessMachine(name, socket_dir, init, supervisor, None)
 
-    def _start(self, spec: MachineSpec) -> subprocess.Popen[bytes]:
-        """Write the VM's files and start its supervisor, with pipes to speak with setup."""
+    def _start(self, spec: MachineSpec) -> tuple[subprocess.Popen[bytes], socket.socket]:
+        """Write the VM's files and start its supervisor."""
         prepare(spec)
         mountinfo = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace")
         write_fstab(spec, mountinfo, self._hidden, self._shown)
         write_scripts(spec)
-        with spec.log_path.open("ab") as log:
-            return call_without_user_namespaces(lambda: _supervisor(spec, log.fileno()))
+        environment = {**ENVIRONMENT, **spec.env}
+        return start_supervisor(
+            spec.socket_dir, spec.log_path, environment, stdin=subprocess.DEVNULL
+        )
 
 
 def _check(spec: MachineSpec) -> None:
@@ -197,54 +201,6 @@ def _check(spec: MachineSpec) -> None:
         raise MachineError(f"{spec.name} has no command")
     if "\0" in "".join((*spec.command, *spec.driver_argv)):
         raise MachineError(f"{spec.name}: a command can't contain a null character")
-
-
-def _supervisor(spec: MachineSpec, log_fd: int) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        ("/bin/sh", str(Workshop.of(spec.socket_dir).supervise_file)),
-        bufsize=0,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=log_fd,
-        cwd="/",
-        env={**ENVIRONMENT, **spec.env},
-        start_new_session=True,
-    )
-
-
-async def _set_up(child: subprocess.Popen[bytes], spec: MachineSpec) -> ProcessHandle:
-    """Speak with setup until the mock VM's command runs; its init. Raises MachineError.
-
-    Setup tells its pid and waits: so the pid is surely its own when it is opened here, however
-    soon the command ends.
-    """
-    assert child.stdin is not None
-    assert child.stdout is not None
-    init: ProcessHandle | None = None
-    text = b""
-    with child.stdin as told, child.stdout as stdout, contextlib.ExitStack() as undo:
-        async with trio.lowlevel.FdStream(os.dup(stdout.fileno())) as heard:
-            while not text.endswith(b"\nready\n"):
-                more = await heard.receive_some(MAX_HEARD_BYTES)
-                text += more
-                if not more or len(text) > MAX_HEARD_BYTES:
-                    break
-                if init is None and text.startswith(b"pid ") and text.endswith(b"\n"):
-                    with contextlib.suppress(ProcessLookupError, BrokenPipeError):
-                        init = ProcessHandle.of(int(text.split()[1]))
-                        undo.callback(init.close)
-                        told.write(b"go\n")
-        if init is None or not text.endswith(b"\nready\n"):
-            raise _start_error(text, spec)
-        undo.pop_all()
-    return init
-
-
-def _start_error(heard: bytes, spec: MachineSpec) -> MachineError:
-    """Why it was not started: what setup said, or the last line of the log."""
-    _, failed, why = heard.decode(errors="replace").partition("failed ")
-    reason = one_line(why.strip()) if failed else _last_line(spec.log_path)
-    return MachineError(f"{spec.name} can't be started: {reason}")
 
 
 @contextlib.asynccontextmanager
@@ -294,12 +250,3 @@ def _read_status(path: Path) -> ExitStatus:
         with contextlib.suppress(ValueError):
             return ExitStatus(code, f"ended by {signal.Signals(code - 128).name}")
     return ExitStatus(code)
-
-
-def _last_line(log_path: Path) -> str:
-    """The last line of the log that begins a message (mount indents its advice on the next)."""
-    with log_path.open("rb") as log:
-        log.seek(max(0, log.seek(0, os.SEEK_END) - LOG_TAIL_BYTES))
-        lines = log.read().decode(errors="replace").split("\n")
-    found = (line for line in reversed(lines) if line and not line[0].isspace())
-    return one_line(next(found, "its log says nothing"))

@@ -12,7 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from machine_rig import MachineRig, memory_root
+from machine_rig import PATIENCE_S, MachineRig, memory_root
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def rig() -> Iterator[MachineRig]:
 
 
 def wait_for(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_S
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.005)

@@ -11,9 +11,12 @@ import trio
 
 from host_agent.machines.base import MachineSpec
 from host_agent.machines.process import ProcessBackend, ProcessMachine
-from host_agent.quota.cgroup2_backend import hand_down_memory
+from host_agent.quota.cgroup2_levels import hand_down_memory
+from host_agent.quota.cgroup_tree import remove_tree
 
 SLOWNESS = 6 if os.environ.get("MEMBALLOON_SLOW_MACHINE") else 1
+PATIENCE_S = 20.0 * SLOWNESS
+"""For what takes a tenth of a second on an idle machine."""
 
 
 def memory_root() -> Path:
@@ -65,7 +68,7 @@ class MachineRig:
         """What a shell script prints as the workload of a mock VM."""
         spec = self.spec("sh", "-c", script, **changes)
         machine = await self.backend.launch(spec)
-        with trio.fail_after(20 * SLOWNESS):
+        with trio.fail_after(PATIENCE_S):
             await machine.wait_exited()
         return spec.log_path.read_text()
 
@@ -86,23 +89,20 @@ class MachineRig:
         return found
 
     def take_down(self) -> None:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + PATIENCE_S
         while left := self.processes():
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        for directory in sorted(self.cgroup.rglob("*/"), reverse=True):
-            if directory.is_dir():
-                directory.rmdir()
-        if self.cgroup.is_dir():
-            self.cgroup.rmdir()
+        # One that is on its way out is not listed any more, and holds its cgroup.
+        remove_tree(self.cgroup, time.monotonic() + PATIENCE_S)
 
 
 async def until(condition: Any, what: str) -> None:
     """Wait for a predicate, with a deadline."""
-    with trio.move_on_after(10 * SLOWNESS):
+    with trio.move_on_after(PATIENCE_S):
         while not condition():
             await trio.sleep(0.005)
         return

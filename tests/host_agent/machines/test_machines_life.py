@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from machine_rig import MachineRig, until
+from machine_rig import PATIENCE_S, MachineRig, until
 
 from host_agent.machines.base import ExitStatus, MachineError
 from host_agent.machines.identity import ProcessHandle
@@ -58,7 +59,7 @@ def test_every_waiter_is_told(rig: MachineRig) -> None:
                 nursery.start_soon(wait)
             await trio.testing.wait_all_tasks_blocked()
             assert not found
-            nursery.start_soon(machine.stop, 5)
+            nursery.start_soon(machine.stop, PATIENCE_S)
         assert found == [ExitStatus(143, "ended by SIGTERM")] * 3
 
     trio.run(main)
@@ -71,7 +72,7 @@ def test_stop_lets_the_workload_end_by_itself(rig: MachineRig) -> None:
         spec = rig.spec("sh", "-c", script)
         machine = await rig.backend.launch(spec)
         await until(lambda: "up" in spec.log_path.read_text(), "the workload runs")
-        assert await machine.stop(10) == ExitStatus(5)
+        assert await machine.stop(PATIENCE_S) == ExitStatus(5)
         assert "bye" in spec.log_path.read_text()
 
     trio.run(main)
@@ -227,13 +228,11 @@ def test_a_cancelled_launch_leaves_nothing(rig: MachineRig, delay_ms: int) -> No
 
 def test_without_the_agents_answer_there_is_no_machine(rig: MachineRig) -> None:
     spec = rig.spec("sh", "-c", "echo it runs; sleep 60")
-    child = rig.backend._start(spec)
-    assert child.stdin is not None
-    assert child.stdout is not None
-    child.stdin.close()
-    heard = child.stdout.read()
-    assert child.wait(10) == 0
-    child.stdout.close()
+    child, talk = rig.backend._start(spec)
+    with talk, talk.makefile("rb") as hearing:
+        talk.shutdown(socket.SHUT_WR)
+        heard = hearing.read()
+    assert child.wait(PATIENCE_S) == 0
     assert heard.startswith(b"pid ")
     assert b"ready" not in heard
     assert spec.log_path.read_text() == ""
@@ -275,7 +274,7 @@ def test_a_machine_outlives_its_agent_and_is_adopted(rig: MachineRig, tmp_path: 
         with trio.move_on_after(0.05) as scope:
             await machine.wait_exited()
         assert scope.cancelled_caught
-        assert await machine.stop(10) == ExitStatus(9)
+        assert await machine.stop(PATIENCE_S) == ExitStatus(9)
         assert await backend.adopt(state) is None
 
     trio.run(main)
