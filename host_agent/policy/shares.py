@@ -1,8 +1,9 @@
 """Demand with reservation and shares: the default policy.
 
-1. Each guest needs its demand, at least its reservation, at most its assigned size.
+1. Each guest needs its demand, at least its reservation, at most its maximum, which is its assigned
+   size unless it has one of its own.
 2. If the needs fit the host (pool minus reserve), every guest gets what it needs, and the rest is
-   divided by shares up to the assigned sizes: memory that nobody uses helps nobody.
+   divided by shares up to the maxima: memory that nobody uses helps nobody.
 3. If they do not fit, the host is short: every guest keeps its reservation, and the rest is divided
    by shares up to the needs. The plan says by how much the host is short.
 
@@ -20,86 +21,145 @@ owed to the host reserve, the plan is to keep everything as it is, so that a noi
 make memory wander. A pin and a reservation are promises and not estimates: they are kept exactly.
 """
 
-from collections.abc import Callable
-from typing import Final
+from dataclasses import dataclass, replace
+from typing import ClassVar, Final
 
-from host_agent.ledger.snapshot import GuestSnapshot, HostSnapshot
-from host_agent.policy.fill import Bounds, fill
-from host_agent.policy.plan import Plan, QuotaTarget
+import numpy as np
+
+from host_agent.ledger.columns import Bools, HostColumns, Ints
+from host_agent.policy.explain import Details, Explanation
+from host_agent.policy.fill import fill
+from host_agent.policy.interface import Decision, Memory
+from host_agent.policy.plan import Plan
 from protocol.units import MIB, pages_of
 
-STEP_PAGES: Final = pages_of(2 * MIB)
-"""Differences up to this are not worth a move: about what a guest's estimate swings by."""
+
+@dataclass(frozen=True, slots=True)
+class SharesSettings:
+    """The options of `shares`."""
+
+    step_bytes: int = 2 * MIB
+    """Differences up to this are not worth a move: about what a guest's estimate swings by."""
+
+    def __post_init__(self) -> None:
+        """A step is a size."""
+        if self.step_bytes < 0:
+            raise ValueError("step can't be negative")
 
 
-def plan(snapshot: HostSnapshot) -> Plan:
-    """The quotas that the guests of `snapshot` should have.
-
-    The targets of movable guests add up to at most what the immovable and pinned ones leave of
-    pool minus reserve, except where reservations alone exceed that.
-    """
-    pinned = {
-        g.name: _within(g, g.pinned_pages) for g in snapshot.guests if g.pinned_pages is not None
-    }
-    stuck = {g.name: g.quota_pages for g in snapshot.guests if not g.movable}
-    wanted, shortage = _divide(snapshot, pinned | stuck, _unsparable_pages)
-    entitled, _ = _divide(snapshot, pinned, lambda guest: guest.reservation_pages)
-    kept = {g.name: g.quota_pages for g in snapshot.guests}
-    quotas = kept if _is_settled(snapshot, wanted) else wanted
-    names = sorted(quotas)
-    targets = tuple(QuotaTarget(name, quotas[name], entitled[name]) for name in names)
-    return Plan(targets, shortage)
+DEFAULTS: Final = SharesSettings()
 
 
-def _divide(
-    snapshot: HostSnapshot, fixed: dict[str, int], least: Callable[[GuestSnapshot], int]
-) -> tuple[dict[str, int], int]:
-    """Quotas by name with those in `fixed` as they are, and the shortage, in pages.
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """The policy `shares`, as described above. It needs no memory."""
 
-    Nobody gets less than its `least`, if all of these fit.
-    """
-    others = [g for g in snapshot.guests if g.name not in fixed]
-    left = snapshot.shareable_pages - sum(fixed.values())
-    lows = {g.name: least(g) for g in others}
-    if sum(lows.values()) > left:
-        lows = {g.name: g.reservation_pages for g in others}
-    needs = {g.name: max(_need_pages(g), lows[g.name]) for g in others}
-    shortage = max(sum(needs.values()) - left, 0)
-    if shortage:
-        parts = {g.name: Bounds(lows[g.name], needs[g.name], g.shares) for g in others}
-    else:
-        parts = {g.name: Bounds(needs[g.name], g.assigned_pages, g.shares) for g in others}
-    return fill(left, parts) | fixed, shortage
+    settings: SharesSettings = DEFAULTS
 
+    name: ClassVar[str] = "shares"
+    source: ClassVar[str] = "weighted max-min fairness between reservation and demand"
 
-def _unsparable_pages(guest: GuestSnapshot) -> int:
-    """What can't be taken from the guest: its reservation, and what it says that it can't spare."""
-    if guest.spare_pages is None:
-        return guest.reservation_pages
-    return _within(guest, guest.quota_pages - guest.spare_pages)
+    def decide(self, host: HostColumns, memory: Memory, now_s: float) -> Decision:
+        """The quotas that the guests of `host` should have.
 
+        The targets of movable guests add up to at most what the immovable and pinned ones leave of
+        pool minus reserve, except where reservations alone exceed that.
+        """
+        division = _divide(host, _unsparable_pages(host))
+        could_all_move = replace(host, movable=np.array(True))
+        entitled = _divide(could_all_move, host.reservation_pages)
+        wanted = division.quota_pages
+        settled = self._is_settled(host, wanted)
+        quotas = host.quota_pages if settled else wanted
+        plan = Plan(host.names, quotas, division.shortage_pages, entitled.quota_pages)
+        return Decision(
+            plan, None, Explanation(host.names, lambda: _details(host, division, quotas, settled))
+        )
 
-def _within(guest: GuestSnapshot, pages: int) -> int:
-    """`pages`, but at least the guest's reservation and at most its size."""
-    return min(max(pages, guest.reservation_pages), guest.assigned_pages)
-
-
-def _need_pages(guest: GuestSnapshot) -> int:
-    """Demand within reservation and size; a guest that has not said keeps what it has."""
-    demand = guest.quota_pages if guest.demand_pages is None else guest.demand_pages
-    return _within(guest, demand)
+    def _is_settled(self, host: HostColumns, wanted: Ints) -> bool:
+        if int(host.quota_pages.sum()) > host.shareable_pages:
+            return False
+        # A guest that has nothing yet can't start with nothing; promises are kept exactly.
+        exactly = host.pinned_pages.known | (host.quota_pages < host.reservation_pages)
+        exactly = exactly | (host.quota_pages == 0)
+        step_pages = np.where(exactly, 0, pages_of(self.settings.step_bytes))
+        return bool(np.all(np.abs(wanted - host.quota_pages) <= step_pages))
 
 
-def _is_settled(snapshot: HostSnapshot, wanted: dict[str, int]) -> bool:
-    quotas = sum(g.quota_pages for g in snapshot.guests)
-    return quotas <= snapshot.shareable_pages and all(
-        _is_near(g, wanted[g.name]) for g in snapshot.guests
+@dataclass(frozen=True, slots=True, eq=False)
+class _Division:
+    """Quotas, and what they were made from."""
+
+    quota_pages: Ints
+    shortage_pages: int
+    low_pages: Ints
+    need_pages: Ints
+    free_hand: Bools
+    """Neither pinned nor immovable."""
+    left_pages: int
+    """For those with a free hand."""
+
+
+def _divide(host: HostColumns, least_pages: Ints) -> _Division:
+    """Divide the host; nobody gets less than its `least_pages`, if all of these fit."""
+    free_hand, left_pages = ~host.fixed, host.left_pages
+    lows = least_pages
+    if int(lows[free_hand].sum()) > left_pages:
+        lows = host.reservation_pages
+    most = host.most_pages
+    demands = host.demand_pages.or_else(host.quota_pages)
+    needs = np.maximum(np.clip(demands, host.reservation_pages, most), lows)
+    shortage_pages = max(int(needs[free_hand].sum()) - left_pages, 0)
+    low, high = (lows, needs) if shortage_pages else (needs, np.maximum(most, needs))
+    quotas = host.fixed_pages
+    quotas[free_hand] = fill(left_pages, low[free_hand], high[free_hand], host.shares[free_hand])
+    return _Division(quotas, shortage_pages, lows, needs, free_hand, left_pages)
+
+
+def _unsparable_pages(host: HostColumns) -> Ints:
+    """What can't be taken from a guest: its reservation, and what it says that it can't spare."""
+    spare_pages = host.spare_pages.or_else(host.quota_pages)
+    return host.within(host.quota_pages - spare_pages)
+
+
+def _details(host: HostColumns, division: _Division, quotas: Ints, settled: bool) -> Details:
+    short = division.shortage_pages > 0
+    every = np.ones(len(host), np.bool_)
+    got = division.quota_pages
+    return Details(
+        host=(
+            ("shareable", host.shareable_pages, "pages"),
+            ("left for those with a free hand", division.left_pages, "pages"),
+            ("shortage", division.shortage_pages, "pages"),
+        ),
+        guests=(
+            ("demand", host.demand_pages, "pages"),
+            ("reservation", host.reservation_pages, "pages"),
+            ("assigned", host.assigned_pages, "pages"),
+            ("maximum", host.maximum_pages, "pages"),
+            ("spare", host.spare_pages, "pages"),
+            ("shares", host.shares, "shares"),
+            ("need", division.need_pages, "pages"),
+            ("least", division.low_pages, "pages"),
+            ("divided", got, "pages"),
+            ("quota now", host.quota_pages, "pages"),
+            ("quota wanted", quotas, "pages"),
+        ),
+        rules=(
+            (~host.movable, "it can't be moved: it keeps what it has"),
+            (host.pinned_pages.known, "the operator fixed its quota"),
+            (every & settled, "every guest is near enough to what it should have: nothing moves"),
+            (
+                (got <= division.low_pages) & short,
+                "memory is short: it keeps what can't be taken from it",
+            ),
+            (
+                (got >= division.need_pages) & short,
+                "memory is short, and its shares reach its need",
+            ),
+            (every & short, "memory is short: by shares between what can't be taken and the need"),
+            (got >= host.most_pages, "all needs fit: it has the most that it may have"),
+            (got <= division.need_pages, "all needs fit: its own, and by its shares no more"),
+        ),
+        otherwise="all needs fit: its own, and the rest by shares",
     )
-
-
-def _is_near(guest: GuestSnapshot, wanted_pages: int) -> bool:
-    """Whether the guest may stay as it is. A pin and a reservation are promises: kept exactly."""
-    promised = guest.pinned_pages is not None or guest.quota_pages < guest.reservation_pages
-    if promised or guest.quota_pages == 0:  # a guest that has nothing yet can't start with nothing
-        return guest.quota_pages == wanted_pages
-    return abs(wanted_pages - guest.quota_pages) <= STEP_PAGES
