@@ -1,0 +1,1 @@
+"""For tests of what others build on memballoon."""
