@@ -33,9 +33,14 @@ COMMANDS: Final[dict[str, CommandEntry]] = {
         ("launch", "launch", "Launch a mock VM."),
         ("ps", "ps", "List the mock VMs."),
         ("stats", "stats", "Show the pool, and what each mock VM does with its memory."),
-        ("set", "set_command", "Change a mock VM's balloon, shares or reservation."),
+        ("set", "set_command", "Change a mock VM's balloon, shares, reservation or maximum."),
+        ("policy", "policy", "Show the policy, or let another one decide."),
+        ("explain", "explain", "Say what was decided about a mock VM lately, and why."),
+        ("client", "client", "Reserve memory for VMs that are still to come."),
         ("stop", "stop", "Stop mock VMs."),
         ("bench", "bench", "Measure how fast memory moves on this machine."),
+        ("simulate", "simulate", "Try policies on a virtual clock, on hosts of any size."),
+        ("record", "record", "Write down what a real run needs, for simulations."),
     )
 }
 

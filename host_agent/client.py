@@ -15,16 +15,19 @@ from pydantic import TypeAdapter
 from host_agent.errors import (
     AgentError,
     AgentNotRunning,
+    BadRequest,
     MissingRight,
     NoSuchVm,
     error_from_problem,
 )
-from host_agent.facade.port import (
-    VM_NAME_PATTERN,
+from host_agent.facade.port import VM_NAME_PATTERN, VmChange, VmSpec
+from host_agent.facade.views import (
+    DecisionView,
     HostView,
+    PolicyView,
+    ReservationView,
+    TransferView,
     VitalsView,
-    VmChange,
-    VmSpec,
     VmView,
 )
 
@@ -33,6 +36,8 @@ ANSWER_TIMEOUT_S: Final = 120.0
 """A launch may wait for other guests to give memory, a stop for it to come back."""
 
 _VMS: Final = TypeAdapter(list[VmView])
+_DECISIONS: Final = TypeAdapter(list[DecisionView])
+_RESERVATIONS: Final = TypeAdapter(list[ReservationView])
 _VITALS: Final = TypeAdapter(VitalsView | None)
 
 
@@ -85,6 +90,18 @@ class AgentClient:
         """A VM's last statistics, None before the first. NoSuchVm."""
         return _VITALS.validate_json(self._ask("GET", f"{_vm_path(name)}/vitals"))
 
+    def decisions(self, name: str) -> list[DecisionView]:
+        """What was decided about a VM lately, newest first. NoSuchVm."""
+        return _DECISIONS.validate_json(self._ask("GET", f"{_vm_path(name)}/decisions"))
+
+    def policy(self) -> PolicyView:
+        """The policy in force, and which there are."""
+        return PolicyView.model_validate_json(self._ask("GET", "policy"))
+
+    def use_policy(self, name: str) -> PolicyView:
+        """Let another policy decide. BadRequest."""
+        return PolicyView.model_validate_json(self._ask("PUT", "policy", {"name": name}))
+
     def launch(self, spec: VmSpec) -> VmView:
         """Start a mock VM and wait until it runs. VmExists, NotEnoughMemory, BadRequest."""
         body = spec.model_dump(mode="json")
@@ -94,6 +111,28 @@ class AgentClient:
         """Change a mock VM. NoSuchVm, BadRequest, NotEnoughMemory."""
         body = change.model_dump(mode="json", exclude_none=True)
         return VmView.model_validate_json(self._ask("PATCH", _vm_path(name), body))
+
+    def reservations(self) -> list[ReservationView]:
+        """What clients have reserved."""
+        return _RESERVATIONS.validate_json(self._ask("GET", "reservations"))
+
+    def login(self, client: str) -> list[ReservationView]:
+        """A client begins anew; what it had reserved is purged. BadRequest."""
+        return _RESERVATIONS.validate_json(self._ask("POST", f"clients/{_name(client)}/login"))
+
+    def reserve(self, client: str, size_bytes: int) -> ReservationView:
+        """Keep memory free for a client, and wait until it is. NotEnoughMemory, BadRequest."""
+        body = {"client": client, "size_bytes": size_bytes}
+        return ReservationView.model_validate_json(self._ask("POST", "reservations", body))
+
+    def transfer(self, reservation_id: str, vm: str) -> TransferView:
+        """Hand a reservation over to a VM. NoSuchReservation, BadRequest, NotEnoughMemory."""
+        path = f"reservations/{_name(reservation_id)}/vm"
+        return TransferView.model_validate_json(self._ask("PUT", path, {"vm": vm}))
+
+    def release(self, reservation_id: str) -> None:
+        """Free a reservation again. NoSuchReservation."""
+        self._ask("DELETE", f"reservations/{_name(reservation_id)}")
 
     def stop(self, name: str) -> None:
         """Stop a mock VM and wait until its memory is back. NoSuchVm."""
@@ -138,6 +177,14 @@ def _vm_path(name: str) -> str:
     if re.fullmatch(VM_NAME_PATTERN, name) is None:
         raise NoSuchVm(name)
     return f"vms/{name}"
+
+
+def _name(text: str) -> str:
+    if re.fullmatch(VM_NAME_PATTERN, text) is None:
+        raise BadRequest(
+            f"{text!r} is not a name: lower-case letters, digits and dashes, 32 at most"
+        )
+    return text
 
 
 def _errno_behind(error: BaseException) -> int | None:

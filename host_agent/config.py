@@ -5,10 +5,14 @@
     reserve = "60MiB"           # default: 5 % of the pool
     policy = "shares"
 
+    [policy.shares]             # the options of a policy, whether it is in force or not
+    step = "2MiB"
+
     [[vm]]
     name = "web1"
     memory = "160MiB"           # the assigned size
     reservation = "40MiB"       # default: 25 % of the memory
+    swap = "64MiB"              # default: none
     command = ["redis-server"]  # default: the built-in workload, idle
 
 `parse_config` is pure; `load_config` reads the file and the memory that is available. Unknown keys
@@ -16,7 +20,6 @@ are refused by name. All refusals are a ConfigError of one line: source, place, 
 """
 
 import logging
-import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,16 +28,19 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import (
     AfterValidator,
     BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
     model_validator,
 )
 
+from host_agent.choosing import check_tables, choose
 from host_agent.errors import ConfigError
-from host_agent.facade.port import MIN_ASSIGNED_BYTES, VmSpec, quarter_of
+from host_agent.facade.port import MIN_ASSIGNED_BYTES, VmSpec
+from host_agent.policy.registry import PolicyError
+from host_agent.quota.base import check_cgroup_path
 from host_agent.sizes import SizeBytes, format_size, format_size_exactly
 from host_agent.validation import first_fault, reason_of
+from host_agent.vm_table import Table, VmMemoryTable
 from protocol.units import KIB, MIB, PAGE_BYTES
 
 LOG = logging.getLogger("memballoon.config")
@@ -48,8 +54,6 @@ counted beside the pool."""
 
 RESERVE_SHARE_OF_POOL: Final = 0.05
 
-_DIRECTORY_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
-
 
 def _absolute(path: Path) -> Path:
     if not path.is_absolute():
@@ -57,42 +61,20 @@ def _absolute(path: Path) -> Path:
     return path
 
 
-def _directory_name(name: str) -> str:
-    if _DIRECTORY_NAME.fullmatch(name) is None:
-        raise ValueError(f"{name!r} is not the name of one directory: letters, digits, '_.-'")
-    return name
-
-
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 Seconds = Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)]
 
 
-class _Table(BaseModel):
-    # In the file a key has its alias alone; in Python an attribute has its unit.
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_by_name=True, validate_by_alias=True
-    )
-
-
-class VmTable(VmSpec, _Table):
+class VmTable(VmMemoryTable, VmSpec):
     """A `[[vm]]` table: the same value as a launch request, under the file's names."""
 
-    assigned_bytes: SizeBytes = Field(validation_alias="memory", ge=MIN_ASSIGNED_BYTES)
-    reservation_bytes: SizeBytes = Field(
-        validation_alias="reservation",
-        default_factory=lambda spec: quarter_of(spec["assigned_bytes"]),
-        ge=0,
-    )
-    startup_bytes: SizeBytes = Field(
-        validation_alias="startup", default_factory=lambda spec: spec["assigned_bytes"], ge=0
-    )
 
-
-class HostConfig(_Table):
+class HostConfig(Table):
     """The `[host]` table.
 
     `on_exit` says what becomes of the VMs when the agent ends in order: `stop` ends them, `keep`
-    leaves them running with the quotas that they have. A guest that has run dry is answered by
+    leaves them running with the quotas that they have. `cgroup_root` is the path of the agent's
+    own cgroup, as `quota.detect` reads it. A guest that has run dry is answered by
     its own kernel's OOM killer when the agent could not help it for `dry_patience_s`.
     """
 
@@ -107,7 +89,7 @@ class HostConfig(_Table):
     policy: str = Field(default="shares", min_length=1, max_length=64)
     run_dir: AbsolutePath = DEFAULT_RUN_DIR
     state_dir: AbsolutePath = DEFAULT_STATE_DIR
-    cgroup_root: Annotated[str, AfterValidator(_directory_name)] = "memballoon"
+    cgroup_root: Annotated[str, AfterValidator(check_cgroup_path)] = "memballoon"
     on_exit: Literal["stop", "keep"] = "stop"
     dry_patience_s: Seconds = 10.0
     interval_s: Seconds = 0.25
@@ -127,19 +109,28 @@ class HostConfig(_Table):
         return self
 
 
-class Config(_Table):
+class Config(Table):
     """The whole file: the host and the VMs to launch at the start."""
 
     host: HostConfig
+    policies: dict[str, dict[str, Any]] = Field(default_factory=dict, validation_alias="policy")
     vms: tuple[VmTable, ...] = Field(default=(), validation_alias="vm")
 
     @model_validator(mode="after")
     def _promises_fit(self) -> Self:
         seen: set[str] = set()
+        owners: dict[str, str] = {}
         for vm in self.vms:
             if vm.name in seen:
                 raise ValueError(f"vm {vm.name!r} is there twice")
             seen.add(vm.name)
+            if vm.container is None:
+                continue
+            if owner := owners.get(vm.container):
+                raise ValueError(
+                    f"vm {vm.name!r}: the container {vm.container!r} is that of vm {owner!r}"
+                )
+            owners[vm.container] = vm.name
         promised_bytes = sum(vm.reservation_bytes for vm in self.vms)
         if promised_bytes + self.host.reserve_bytes > self.host.pool_bytes:
             raise ValueError(
@@ -176,6 +167,7 @@ def load_config(path: Path | None, meminfo: str | None = None) -> Config:
             raise ConfigError(f"{path}: not a text file in UTF-8") from error
     config = parse_config(text, source, default_pool_bytes=default_pool(meminfo))
     _check_pool(config.host.pool_bytes, meminfo, source)
+    _check_policies(config, source)
     return config
 
 
@@ -230,6 +222,18 @@ def parse_config(text: str, source: str, *, default_pool_bytes: int | None = Non
         return Config.model_validate(tables, by_alias=True, by_name=False)
     except ValidationError as error:
         raise ConfigError(f"{source}: {_first_line(error, tables)}") from error
+
+
+def _check_policies(config: Config, source: str) -> None:
+    """Refuse an unknown policy, and options that a policy doesn't have."""
+    try:
+        choose(config.host.policy, {})
+    except PolicyError as error:
+        raise ConfigError(f"{source}: [host]: policy: {error}") from error
+    try:
+        check_tables(config.policies)
+    except PolicyError as error:
+        raise ConfigError(f"{source}: {error}") from error
 
 
 def _first_line(error: ValidationError, tables: Mapping[str, Any]) -> str:

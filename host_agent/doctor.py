@@ -23,8 +23,11 @@ from host_agent.config import DEFAULT_RUN_DIR, control_socket_in, default_pool
 from host_agent.facade.server import MAX_SOCKET_PATH_BYTES, is_answered
 from host_agent.quota.base import QuotaBackend
 from host_agent.quota.cgroup1 import Cgroup1Backend
+from host_agent.quota.cgroup2_backend import Cgroup2Backend
+from host_agent.quota.delegation import HOW
 from host_agent.quota.detect import ROOT_NAME, detect
 from host_agent.quota.errors import QuotaUnavailable
+from host_agent.quota.swap_space import is_accounted
 from host_agent.sizes import format_size
 from protocol.units import KIB, MIB, PAGE_BYTES
 
@@ -41,6 +44,8 @@ AGENT_CHECK: Final = "agent"
 
 TOOLS: Final = ("unshare", "nsenter", "setpriv")
 DOCKER_SOCKET: Final = Path("/var/run/docker.sock")
+SYSTEMD_RUNS: Final = Path("/run/systemd/system")
+"""There while systemd is process 1; sd_booted(3)."""
 PROBE_TIMEOUT_S: Final = 5.0
 
 _PFN_MASK: Final = (1 << 55) - 1  # proc_pid_pagemap(5)
@@ -87,12 +92,12 @@ def run_checks(run_dir: Path = DEFAULT_RUN_DIR, cgroup_root: str = ROOT_NAME) ->
         ("root", check_root),
         ("kernel", lambda: judge_kernel(os.uname().release)),
         ("page size", lambda: judge_page_size(os.sysconf("SC_PAGE_SIZE"))),
-        ("memory cgroup", check_memory_cgroup),
+        ("memory cgroup", lambda: check_memory_cgroup(cgroup_root)),
         ("locked memory", check_locked_memory),
         ("page frames", check_page_frames),
         ("namespaces", check_namespaces),
         ("free memory", lambda: judge_free_memory(_meminfo())),
-        ("swap", lambda: judge_swap(_meminfo())),
+        ("swap", check_swap),
         ("pressure", check_pressure),
         ("huge pages", check_huge_pages),
         ("docker", check_docker),
@@ -133,22 +138,28 @@ def judge_page_size(page_bytes: int) -> Check:
     )
 
 
-def check_memory_cgroup() -> Check:
-    """Is there a memory controller, and may this process make cgroups under it?"""
+def check_memory_cgroup(cgroup_root: str = ROOT_NAME) -> Check:
+    """Is there a memory controller, and may this process make cgroups under it?
+
+    An agent that systemd starts has another place than this process: that is said.
+    """
     try:
-        backend = detect()
+        backend = detect(cgroup_root)
     except QuotaUnavailable as error:
         return Check("memory cgroup", Verdict.FAIL, "none", str(error))
-    top = backend.root.parent
-    found = f"version {_version_of(backend)} at {top}"
-    if os.access(top, os.W_OK):
-        return _ok("memory cgroup", found)
-    return Check(
-        "memory cgroup",
-        Verdict.FAIL,
-        f"{found}, not writable",
-        "run as root; in a container mount /sys/fs/cgroup read-write",
-    )
+    found = f"version {_version_of(backend)} at {backend.base}"
+    if isinstance(backend, Cgroup2Backend) and backend.delegated:
+        found += ", delegated"
+    if not os.access(backend.base, os.W_OK):
+        return Check(
+            "memory cgroup",
+            Verdict.FAIL,
+            f"{found}, not writable",
+            "run as root; in a container mount /sys/fs/cgroup read-write",
+        )
+    if isinstance(backend, Cgroup2Backend) and not backend.delegated and SYSTEMD_RUNS.exists():
+        found += f", beside systemd's own; `{HOW}` has a part delegated"
+    return _ok("memory cgroup", found)
 
 
 def _version_of(backend: QuotaBackend) -> int:
@@ -258,15 +269,36 @@ def judge_free_memory(meminfo: str) -> Check:
     return Check("free memory", Verdict.WARN, found, "end something that holds memory")
 
 
-def judge_swap(meminfo: str) -> Check:
-    """Swap is no fault, but it changes what a guest can give; text of /proc/meminfo."""
+def check_swap() -> Check:
+    """Is there swap space, and does the kernel keep each VM to its own?"""
+    try:
+        accounted = is_accounted(detect().root)
+    except QuotaUnavailable:
+        accounted = None
+    return judge_swap(_meminfo(), accounted)
+
+
+def judge_swap(meminfo: str, accounted: bool | None) -> Check:
+    """By the text of /proc/meminfo, and whether swap is counted by cgroup (None: unknown).
+
+    Swap is no fault, and none is none either: a VM has swap where it was given some.
+    """
     total_bytes = 0
     for line in meminfo.splitlines():
         if line.startswith("SwapTotal:"):
             total_bytes = int(line.split()[1]) * KIB
-    if total_bytes:
-        return _ok("swap", f"{format_size(total_bytes)}: guests may swap before they run dry")
-    return _ok("swap", "none: what a guest holds in anonymous memory it can't give")
+    if not total_bytes:
+        return _ok("swap", "none: what a guest holds in anonymous memory it can't give")
+    found = f"{format_size(total_bytes)}: a VM swaps as much of it as its `swap` says"
+    if accounted is not False:
+        return _ok("swap", found)
+    return Check(
+        "swap",
+        Verdict.WARN,
+        f"{format_size(total_bytes)}, not accounted by cgroup: any VM may swap, and none can be "
+        "given swap of its own",
+        "boot with swapaccount=1, or swapoff -a",
+    )
 
 
 def check_pressure() -> Check:

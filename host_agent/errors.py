@@ -96,6 +96,12 @@ class NoSuchVm(UserError):
         return {**super().to_problem(), "name": self.name}
 
 
+class NoSuchReservation(UserError):
+    """No client has a reservation of this id."""
+
+    kind = "no-such-reservation"
+
+
 class VmExists(UserError):
     """A mock VM of this name is there already."""
 
@@ -182,6 +188,7 @@ _SAID_IN_WORDS: Final[tuple[type[AgentError], ...]] = (
     UserError,
     ConfigError,
     BadRequest,
+    NoSuchReservation,
     NoSuchRoute,
     MethodNotAllowed,
     MissingRight,

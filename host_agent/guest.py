@@ -55,10 +55,14 @@ class Guest:
     vitals_s: float = 0.0
     """When the vitals came, on the agent's clock."""
     pinned_pages: int | None = None
+    maximum_bytes: int | None = field(init=False)
+    """The most that a policy gives it now; None for its assigned size."""
     target_pages: int | None = None
     """The quota that the last plan wants for it."""
     wanted_since_s: float | None = None
     """Since when it should have more than it has."""
+    stalled_since_s: float | None = None
+    """Since when it should give memory and has given none."""
     last_reason: str | None = None
     """Why its driver last gave less than was wanted."""
     refused_until_s: float = 0.0
@@ -72,6 +76,8 @@ class Guest:
     """Of its driver, open now."""
     fault_s: float = -math.inf
     """When a connection of it was last ended for a fault."""
+    stranger_s: float = -math.inf
+    """When a stranger at its socket was last told of."""
     stuck_times: int = 0
     """In a row."""
     stuck_s: float = -math.inf
@@ -99,6 +105,10 @@ class Guest:
     """Why it could not be taken down: it has ended, but what the kernel holds of it is still there
     and its quota and its name are not free."""
 
+    def __post_init__(self) -> None:
+        """It begins with the maximum that it was launched with."""
+        self.maximum_bytes = self.spec.maximum_bytes
+
     def stop(self) -> None:
         """Let it end, wherever in its life it is; `ended` is set when it has."""
         self.phase = Phase.STOPPING
@@ -121,9 +131,19 @@ class Guest:
         return pages_of(self.spec.assigned_bytes)
 
     @property
+    def frame_pages(self) -> int:
+        """How many pages a frame of its balloon has: it gives and gets no less."""
+        return 1 << self.spec.frame_order
+
+    @property
     def overhead_bytes(self) -> int:
         """What its limit is above its quota: for the balloon's own processes."""
         return overhead_of(self.spec.assigned_bytes)
+
+    @property
+    def balloon_swap_pages(self) -> int:
+        """What its balloon may have it swap out in all."""
+        return pages_of(self.spec.swap_bytes) if self.spec.balloon_may_swap else 0
 
     @property
     def live_quota(self) -> "VmQuota":

@@ -35,14 +35,23 @@ def guest_python(module: str, *arguments: str) -> tuple[str, ...]:
 
 def driver_command(guest: Guest, socket_path: Path) -> tuple[str, ...]:
     """The guest's balloon driver; `socket_path` is where the guest sees its private socket."""
-    return guest_python(
-        "guest_driver.cli",
+    return guest_python("guest_driver.cli", *driver_arguments(guest, socket_path))
+
+
+def driver_arguments(guest: Guest, socket_path: Path) -> tuple[str, ...]:
+    """What follows the program in `driver_command`, and all that a forked driver is told."""
+    return (
         "driver",
         f"--socket={socket_path}",
         f"--cgroup={CGROUP_IN_GUEST}",
         f"--assigned-pages={guest.assigned_pages}",
         f"--frame-order={guest.spec.frame_order}",
     )
+
+
+def template_command(run_dir: Path) -> tuple[str, ...]:
+    """What forks drivers. `run_dir` is for whoever looks whose it is, and whose its drivers are."""
+    return guest_python("guest_driver.template", str(run_dir))
 
 
 def idle_workload_command() -> tuple[str, ...]:

@@ -5,8 +5,10 @@ between, nothing is left behind. A VM ends when its command exits, when it is st
 agent (unless the agent was told to keep it).
 """
 
+import contextlib
 import logging
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,12 +20,16 @@ from host_agent.balance import Balancer
 from host_agent.blocking import DeadlinePassed, Threads, run_blocking
 from host_agent.dry import DryAnswer
 from host_agent.guest import Guest, Phase
-from host_agent.guest_command import driver_command, idle_workload_command
+from host_agent.guest_command import driver_arguments, driver_command, idle_workload_command
 from host_agent.intake.listener import SOCKET_NAME, guest_socket
 from host_agent.intake.reception import Reception
+from host_agent.machines.attached import LINKS_DIR, point
 from host_agent.machines.base import Machine, MachineBackend, MachineError, MachineSpec
 from host_agent.quota.base import Part, QuotaBackend, VmQuota
-from host_agent.quota.errors import QuotaError
+from host_agent.quota.cgroup_tree import remove_empty, subtree
+from host_agent.quota.errors import LimitRefused, QuotaError
+from host_agent.quota.swap_space import free_swap_bytes
+from host_agent.sizes import format_size
 from protocol.units import bytes_of
 from protocol.vocabulary import one_line
 
@@ -57,6 +63,10 @@ class Places:
         """The guest's own writable files; gone with the guest."""
         return self.state_dir / "disks" / name
 
+    def cgroup_link(self, name: str) -> Path:
+        """A link to the VM's cgroup, where that can't be known by its name alone."""
+        return self.run_dir / LINKS_DIR / name
+
     def log_path(self, name: str) -> Path:
         """What the guest's processes print."""
         return self.state_dir / "logs" / f"{name}.log"
@@ -71,6 +81,7 @@ class Places:
         """Delete the files of a mock VM that has ended."""
         for directory in (self.disk_dir(name), self.socket_dir(name)):
             shutil.rmtree(directory, ignore_errors=True)
+        self.cgroup_link(name).unlink(missing_ok=True)
         self.log_path(name).unlink(missing_ok=True)
 
 
@@ -81,7 +92,7 @@ class Hosting:
         self,
         balancer: Balancer,
         quotas: QuotaBackend,
-        machines: MachineBackend,
+        machines: Mapping[str, MachineBackend],
         threads: Threads,
         places: Places,
         *,
@@ -139,7 +150,9 @@ class Hosting:
         self, guest: Guest, found: Machine | None, task_status: trio.TaskStatus[None]
     ) -> None:
         with guest.scope:
-            guest.quota = await self._open_quota(guest, found is not None)
+            guest.quota = await self._open_quota(guest, found)
+            # After a takeover as well: the last agent may have been another version of this one.
+            protect(guest, bytes_of(self._balancer.ledger.view(guest.name).reservation_pages))
             directory = self._places.socket_dir(guest.name)
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             async with guest_socket(directory) as listener, trio.open_nursery() as nursery:
@@ -148,50 +161,119 @@ class Hosting:
                 )
                 dry = DryAnswer(guest, self._balancer, self._dry_patience_s)
                 nursery.start_soon(dry.run)
-                guest.machine = found or await self._machines.launch(self._spec(guest))
+                backend = self._machines[guest.spec.backend]
+                guest.machine = found or await backend.launch(self._spec(guest))
                 task_status.started()
                 status = await guest.machine.wait_exited()
-                guest.ended_with = f"{status}{self._last_words(guest)}"
+                guest.ended_with = f"{status}{await self._last_words(guest, guest.machine)}"
                 LOG.info("%s ended: %s", guest.name, status)
+                if status.out_of_memory:
+                    # The counter may have gone with the container's own cgroup.
+                    count_kills(guest, guest.live_quota, least=1)
                 nursery.cancel_scope.cancel()
 
-    def _last_words(self, guest: Guest) -> str:
+    async def _last_words(self, guest: Guest, machine: Machine) -> str:
         """What a command that ended at once has said, since its log ends with it."""
         if guest.connected.is_set():
             return ""
+        said = await machine.last_words()
+        if said is None:
+            said = self._end_of_log(guest.name)
+        return f": {said}" if said else ""
+
+    def _end_of_log(self, name: str) -> str:
         try:
-            text = self._places.log_path(guest.name).read_bytes()[-MOST_LAST_WORDS:]
+            text = self._places.log_path(name).read_bytes()[-MOST_LAST_WORDS:]
         except OSError:
             return ""
         lines = text.decode(errors="replace").split("\n")
-        said = next((line for line in reversed(lines) if line.strip()), "")
-        return f": {one_line(said.strip())}" if said else ""
+        return one_line(next((line for line in reversed(lines) if line.strip()), "").strip())
 
-    async def _open_quota(self, guest: Guest, exists: bool) -> VmQuota:
+    async def _open_quota(self, guest: Guest, found: Machine | None) -> VmQuota:
         view = self._balancer.ledger.view(guest.name)
-        overhead = guest.overhead_bytes
-        if exists:
+        overhead, swap = guest.overhead_bytes, guest.spec.swap_bytes
+        if found is not None:
+            if found.place is not None:
+                self._link(guest.name, found.place)
             return await run_blocking(
-                partial(self._quotas.open_existing, guest.name, overhead),
+                partial(self._take_over_quota, guest.name, overhead, swap, found.place),
                 timeout_s=CGROUP_DEADLINE_S,
                 limiter=self._threads.limit_writes,
             )
+        _warn_of_missing_swap(guest)
+        if guest.spec.container is not None:
+            await trio.to_thread.run_sync(self._make_way, guest)
         # Shielded: a thread that was left behind would make cgroups that nobody knows of.
         with trio.CancelScope(shield=True):
             made = await run_blocking(
-                partial(self._quotas.create, guest.name, bytes_of(view.quota_pages), overhead),
+                partial(
+                    self._quotas.create, guest.name, bytes_of(view.quota_pages), overhead, swap
+                ),
                 timeout_s=CGROUP_DEADLINE_S,
                 limiter=self._threads.limit_writes,
                 undo=lambda: self._quotas.open_existing(guest.name, overhead).remove(),
             )
         return made
 
+    def _make_way(self, guest: Guest) -> None:
+        """An engine makes a container's parent itself where no agent has: without any limit."""
+        directory = self._quotas.root / guest.name
+        remove_empty(subtree(directory))
+        if directory.exists():
+            raise MachineError(
+                f"a container runs in {directory} already, without the VM's limits: stop it, and "
+                "start it again when this agent has made its place"
+            )
+
+    def _take_over_quota(
+        self, name: str, overhead_bytes: int, swap_bytes: int, place: Path | None
+    ) -> VmQuota:
+        """Of an agent that may have died while it made room."""
+        quota = self._quotas.open_existing(name, overhead_bytes, swap_bytes, place)
+        try:
+            quota.restore_swap()
+        except LimitRefused as error:
+            LOG.warning("%s", error)
+        return quota
+
+    async def enter_scope(self, name: str, scope: Path) -> None:
+        """Move a guest, limits and all, into its container's scope, and the container's processes
+        below the limit: they stand still until this returns, and nothing of them may run before.
+
+        Raises MachineError.
+        """
+        guest = self._balancer.guests[name]
+        quota, view = guest.live_quota, self._balancer.ledger.view(name)
+        try:
+            await run_blocking(
+                partial(
+                    quota.enter_scope,
+                    scope,
+                    bytes_of(view.quota_pages),
+                    bytes_of(view.workload_pages),
+                    guest.spec.assigned_bytes,
+                ),
+                timeout_s=CGROUP_DEADLINE_S,
+                limiter=self._threads.limit_writes,
+            )
+            # It may have been given memory meanwhile.
+            view = self._balancer.ledger.view(name)
+            quota.raise_quota(bytes_of(view.quota_pages), bytes_of(view.workload_pages))
+            protect(guest, bytes_of(view.reservation_pages))
+            self._link(name, quota.directory)
+        except (QuotaError, DeadlinePassed, OSError) as error:
+            raise MachineError(f"{name} can't be put below its limit: {error}") from error
+
+    def _link(self, name: str, cgroup_dir: Path) -> None:
+        """For the watchdog, which looks below the agent's root otherwise. Raises OSError."""
+        point(self._places.cgroup_link(name), cgroup_dir)
+
     def _spec(self, guest: Guest) -> MachineSpec:
         quota = guest.live_quota
         socket_path = self._places.run_dir / SOCKET_NAME
         return MachineSpec(
             name=guest.name,
-            command=guest.spec.command or idle_workload_command(),
+            command=guest.spec.command or (() if guest.spec.image else idle_workload_command()),
             socket_dir=self._places.socket_dir(guest.name),
             run_dir=self._places.run_dir,
             disk_dir=self._places.disk_dir(guest.name),
@@ -200,13 +282,18 @@ class Hosting:
             workload_procs=quota.procs_path(Part.WORKLOAD),
             driver_procs=quota.procs_path(Part.DRIVER),
             driver_argv=driver_command(guest, socket_path),
+            driver_arguments=driver_arguments(guest, socket_path),
+            image=guest.spec.image,
+            network=guest.spec.network,
+            overhead_bytes=guest.overhead_bytes,
+            assigned_bytes=guest.spec.assigned_bytes,
         )
 
     # The end
 
     async def _end(self, guest: Guest) -> None:
         """Take everything down, whatever of it there is; or leave it, if VMs are to be kept."""
-        if self.keep_running and _runs_on(guest):
+        if _runs_on(guest) and (self.keep_running or _is_anothers(guest)):
             if guest.quota is not None:
                 # Nobody will answer a dry guest until the next agent comes.
                 guest.quota.let_kernel_decide()
@@ -257,18 +344,56 @@ class Hosting:
         )
 
 
+def protect(guest: Guest, reservation_bytes: int) -> None:
+    """Have the kernel protect the reservation, and say so where it protects less.
+
+    Raises QuotaError. Nothing is said where it never does (version 1): docs/cgroups.md does.
+    """
+    quota = guest.live_quota
+    quota.protect(reservation_bytes)
+    protected_bytes = quota.protected_bytes
+    if protected_bytes is not None and protected_bytes < reservation_bytes:
+        LOG.warning(
+            "%s: of its reservation of %s the kernel protects %s, as the cgroups above %s claim "
+            "no more: raise memory.min there (with systemd MemoryMin= of the unit)",
+            guest.name,
+            format_size(reservation_bytes),
+            format_size(protected_bytes),
+            quota.directory.parent,
+        )
+
+
 def _runs_on(guest: Guest) -> bool:
     """Whether it is only its agent that ends, not the guest itself."""
     stopped = guest.scope.cancel_called or bool(guest.ended_with)
     return guest.machine is not None and not stopped
 
 
-def count_kills(guest: Guest, quota: VmQuota) -> None:
-    """Tell what the guest's kernel has killed for want of memory since the last look."""
-    try:
-        kills = quota.oom_kills_total
-    except QuotaError:
-        return
+def _warn_of_missing_swap(guest: Guest) -> None:
+    """No fault of the VM: swap space comes and goes while it runs, and others use it as well."""
+    free_bytes = free_swap_bytes()
+    if guest.spec.swap_bytes > free_bytes:
+        LOG.warning(
+            "%s has %s of swap, but this machine has %s left: see swapon(8)",
+            guest.name,
+            format_size(guest.spec.swap_bytes),
+            format_size(free_bytes),
+        )
+
+
+def _is_anothers(guest: Guest) -> bool:
+    """Whether somebody else's container runs in it."""
+    return guest.machine is not None and guest.machine.outlives_agent
+
+
+def count_kills(guest: Guest, quota: VmQuota, least: int = 0) -> None:
+    """Tell what the guest's kernel has killed for want of memory since the last look.
+
+    `least` is what is known from elsewhere to have been killed since the guest began.
+    """
+    kills = least
+    with contextlib.suppress(QuotaError):
+        kills = max(kills, quota.oom_kills_total)
     if kills > guest.oom_kills:
         LOG.warning("%s: its kernel killed %d", guest.name, kills - guest.oom_kills)
         guest.oom_kills = kills

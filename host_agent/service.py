@@ -26,12 +26,19 @@ from host_agent.errors import (
 from host_agent.facade.control import build_app
 from host_agent.facade.port import VmSpec
 from host_agent.facade.server import is_answered, serve
+from host_agent.guest_command import template_command
+from host_agent.machines.attached import LINKS_DIR, AttachedBackend
+from host_agent.machines.base import MachineBackend
+from host_agent.machines.cgroup_layout import hierarchy_of
+from host_agent.machines.docker import DockerBackend
+from host_agent.machines.driver_template import DriverTemplate
+from host_agent.machines.other_hierarchies import remove_elsewhere
 from host_agent.machines.process import ProcessBackend
 from host_agent.quota.base import QuotaBackend
 from host_agent.quota.detect import detect
 from host_agent.quota.errors import QuotaError, QuotaUnavailable
 from host_agent.sole_owner import sole_owner
-from host_agent.watchdog_client import Watchdog
+from host_agent.watchdog_client import GRACE_S, Watchdog
 
 LOG = logging.getLogger("memballoon.agent")
 
@@ -68,19 +75,40 @@ async def running(
         except OSError as error:
             raise BadRequest(f"{error.filename}: {error.strerror}") from error
         owned.callback(_remove_root, quotas)
-        agent = Agent(config, quotas, ProcessBackend(hidden_dirs=(host.state_dir,)))
-        async with trio.open_nursery() as nursery:
+        template = DriverTemplate(template_command(host.run_dir))
+        if not config.vms or any(vm.container is None for vm in config.vms):
+            template.want()
+        hidden = (host.state_dir,)
+        docker = DockerBackend(
+            host.cgroup_root,
+            hidden_dirs=hidden,
+            template=template,
+            hierarchy=hierarchy_of(quotas.root) if quotas.cgroup_version == 2 else None,
+        )
+        machines: dict[str, MachineBackend] = {
+            "process": ProcessBackend(hidden_dirs=hidden, template=template),
+            "docker": docker,
+            "attached": AttachedBackend(),
+        }
+        agent = Agent(config, quotas, machines)
+        docker.enter_scope = agent.enter_scope
+        async with contextlib.aclosing(docker), trio.open_nursery() as nursery:
             watchdog = Watchdog(
                 quotas.root,
+                host.run_dir / LINKS_DIR,
                 on_death="remove" if die_with_agent else "release",
                 remove_paths=_paths_of(host, scratch_dir) if die_with_agent else (),
+                # As long as a dry guest waits in vain, and never shorter than a loop may stall.
+                grace_s=max(GRACE_S, host.dry_patience_s),
                 on_released=agent.rearm_all,
             )
+            nursery.start_soon(template.run)
             async with watchdog, trio.open_nursery() as workers:
                 await workers.start(agent.run)
                 if host.on_exit == "keep" and not die_with_agent:
                     # Now, not at the end: the agent may fail as well.
                     agent.keep_vms()
+                workers.start_soon(docker.run)
                 try:
                     # Only now: who asks is answered by an agent that knows all of its VMs.
                     await nursery.start(partial(serve, build_app(agent), host.control_socket))
@@ -104,6 +132,7 @@ def _remove_root(quotas: QuotaBackend) -> None:
     # It stays where VMs were kept.
     with contextlib.suppress(QuotaError):
         quotas.remove_root()
+        remove_elsewhere(quotas.root)
 
 
 async def run_agent(config: Config) -> None:

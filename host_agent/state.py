@@ -11,7 +11,7 @@ from typing import Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from host_agent.facade.port import VmSpec
+from host_agent.facade.port import BackendName, VmSpec
 from host_agent.validation import one_line
 from protocol.units import HUGE_FRAME_ORDER, PAGE_BYTES
 
@@ -37,10 +37,17 @@ class GuestState(_Model):
     overhead_bytes: int = Field(ge=0, multiple_of=PAGE_BYTES)
     frame_order: int
     command: tuple[str, ...]
-    backend: str
+    image: str | None = None
+    network: str | None = None
+    container: str | None = None
+    backend: BackendName
     machine: dict[str, Any]
     """What the machine backend needs to find the VM again."""
     pinned_bytes: int | None = Field(default=None, ge=0)
+    maximum_bytes: int | None = None
+    buffer_percent: float | None = None
+    swap_bytes: int = 0
+    balloon_may_swap: bool = False
 
     @property
     def spec(self) -> VmSpec:
@@ -51,8 +58,16 @@ class GuestState(_Model):
             reservation_bytes=self.reservation_bytes,
             shares=self.shares,
             startup_bytes=self.assigned_bytes,
+            maximum_bytes=self.maximum_bytes,
+            buffer_percent=self.buffer_percent,
+            swap_bytes=self.swap_bytes,
+            balloon_may_swap=self.balloon_may_swap,
             frames="2MiB" if self.frame_order == HUGE_FRAME_ORDER else "4KiB",
             command=self.command,
+            image=self.image,
+            network=self.network,
+            container=self.container,
+            backend=self.backend,
         )
 
     @model_validator(mode="after")
@@ -69,17 +84,30 @@ class GuestState(_Model):
         return self
 
 
+class ReservationState(_Model):
+    """What one client has reserved."""
+
+    client: str
+    id: str
+    size_bytes: int = Field(ge=PAGE_BYTES, multiple_of=PAGE_BYTES)
+    vm: str | None = None
+
+
 class AgentState(_Model):
     """Everything of one agent."""
 
     version: Literal[1] = STATE_VERSION
     guests: tuple[GuestState, ...] = ()
+    reservations: tuple[ReservationState, ...] = ()
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:
         names = [guest.name for guest in self.guests]
         if len(set(names)) != len(names):
             raise ValueError("two VMs have one name")
+        ids = [reservation.id for reservation in self.reservations]
+        if len(set(ids)) != len(ids):
+            raise ValueError("two reservations have one id")
         return self
 
 

@@ -60,7 +60,8 @@ def reason_of(fault: Fault, *, known_keys: Iterable[str] = ()) -> str:
         case "json_invalid":
             reason = f"not JSON: {bounds.get('error', fault['msg'])}"
         case "string_pattern_mismatch":
-            reason = f"{fault['input']!r} is not a name: {_NAME_RULE}"
+            rule = _NAME_RULE if key == "name" else "it is not one that a container engine has"
+            reason = f"{fault['input']!r} is not a name: {rule}"
         case "greater_than_equal" if bounds["ge"] >= MIB:
             reason = f"this must be {format_size_exactly(int(bounds['ge']))} or more"
         case kind:

@@ -59,6 +59,7 @@ class Watchdog:
     def __init__(
         self,
         root: Path,
+        links: Path | None = None,
         *,
         on_death: OnDeath = "release",
         remove_paths: Sequence[Path] = (),
@@ -66,8 +67,11 @@ class Watchdog:
         beat_interval_s: float = BEAT_INTERVAL_S,
         on_released: Callable[[], None] | None = None,
     ) -> None:
-        """`on_released` is called in the event loop when the watchdog may have released all guests.
+        """`links`: a directory of links to guests' cgroups that need not be below the root.
 
+        `grace_s`: how long dry guests wait for an agent that stands still, or the next one.
+
+        `on_released` is called in the event loop when the watchdog may have released all guests.
         That is when the agent was stopped or stalled for `grace_s`, and when the watchdog has
         ended by itself and another one watches: arm them again there.
         """
@@ -77,6 +81,8 @@ class Watchdog:
             *("--grace-s", str(grace_s)),
             *("--on-death", on_death),
         ]
+        if links is not None:
+            self._command += ["--links", str(links)]
         for path in remove_paths:
             self._command += ["--remove-path", str(path)]
         self._beat_interval_s = beat_interval_s
@@ -223,7 +229,10 @@ class Watchdog:
         raise WatchdogLost("the watchdog does not speak any more")
 
     async def _end(self, process: trio.Process) -> None:
-        """Goodbye if dismissed, then close the pipe; the process ends by itself and is reaped."""
+        """Goodbye if dismissed, then close the pipe; the process ends by itself and is reaped.
+
+        Without a goodbye it stays, until another agent has come or `grace_s` are over.
+        """
         assert process.stdin is not None
         assert process.stdout is not None
         with trio.CancelScope(shield=True):
@@ -232,5 +241,7 @@ class Watchdog:
                     with suppress(trio.BrokenResourceError):
                         await process.stdin.send_all(b"bye\n")
                 await process.stdin.aclose()
-                await process.wait()
+                if self._dismissed.is_set():
+                    await process.wait()
+            process.poll()
             await process.stdout.aclose()

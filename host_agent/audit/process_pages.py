@@ -140,7 +140,11 @@ class ProcessPages:
                 category_anyof_mask=PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
                 return_mask=PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
             )
-            filled = fcntl.ioctl(self._pagemap_fd, PAGEMAP_SCAN, argument)
+            try:
+                filled = fcntl.ioctl(self._pagemap_fd, PAGEMAP_SCAN, argument)
+            except ProcessLookupError:
+                # What some 6.18 kernels say of an address space that is gone; others find nothing.
+                break
             found.append(regions[:filled, :2].astype(np.int64))
             walked = argument.walk_end
             if filled:

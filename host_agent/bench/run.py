@@ -5,31 +5,33 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Self
 
 import trio
 
 from host_agent.agent import Agent
 from host_agent.bench.figures import Figure, Reach, machine
+from host_agent.bench.inflation import GUEST, inflation
+from host_agent.bench.shrinks import shrink_figures
+from host_agent.bench.steps import (
+    REST_S,
+    TURN_DEADLINE_S,
+    FrameSize,
+    launch,
+    set_quota,
+    time_quota,
+    until_quota,
+)
 from host_agent.bench.yardstick import yardstick
 from host_agent.errors import AgentError
-from host_agent.facade.port import VmChange, VmSpec
+from host_agent.facade.port import VmChange
 from host_agent.guest_command import WORKLOAD_SOCKET
 from host_agent.private_agent import private_agent
 from host_agent.quota.base import Part
 from host_agent.workload_client import WorkloadClient, WorkloadError
-from protocol.units import GIB, HUGE_PAGE_BYTES, KIB, MIB, PAGE_BYTES, bytes_of
-
-TURN_DEADLINE_S: Final = 120.0
-"""A turn that has not ended by then is reported as broken, not as slow."""
-
-REST_S: Final = 0.1
-"""Between turns: what is being freed must not slow the next one."""
+from protocol.units import GIB, KIB, MIB, PAGE_BYTES
 
 Progress = Callable[[str], None]
-FrameSize = Literal["4KiB", "2MiB"]
-FRAME_BYTES: Final[dict[FrameSize, int]] = {"4KiB": PAGE_BYTES, "2MiB": HUGE_PAGE_BYTES}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,8 @@ async def run_bench(scale: Scale, progress: Progress) -> dict[str, Any]:
     figures.append(await _move(scale))
     progress("bursts beyond the quota")
     figures += await _bursts(scale)
+    progress("shrinking a guest that allocates at full speed")
+    figures += await shrink_figures(scale.bursts)
     async with private_agent("bench", pool_bytes=64 * MIB, reserve_bytes=0) as agent:
         about = machine(agent.quotas.cgroup_version)
     return {"machine": about, "figures": [figure.to_json() for figure in figures]}
@@ -76,41 +80,26 @@ async def run_bench(scale: Scale, progress: Progress) -> dict[str, Any]:
 
 
 async def _inflate_and_deflate(scale: Scale, frames: FrameSize, least: float) -> list[Figure]:
-    size = scale.inflate_bytes
-    # The balloon leaves the guest its floor, so the guest is larger than what it gives.
-    assigned = 2 * size + 256 * MIB
-    plain: list[float] = []
-    inflated: list[float] = []
-    deflated: list[float] = []
-    async with (
-        private_agent("bench", pool_bytes=assigned, reserve_bytes=0) as agent,
-        yardstick(agent, size, FRAME_BYTES[frames]) as loop,
-    ):
-        await _launch(agent, "a", assigned, frames=frames)
-        for turn in range(scale.repetitions + 1):
-            plain_s = await loop.turn()
-            await trio.sleep(REST_S)
-            inflated_s = await _time_quota(agent, "a", assigned - size)
-            deflated_s = await _time_quota(agent, "a", assigned)
-            await trio.sleep(REST_S)
-            if turn:  # the first one warms up
-                plain.append(plain_s)
-                inflated.append(inflated_s)
-                deflated.append(deflated_s)
-        memory = _guest_side_memory(agent, "a")
+    async with inflation(scale.inflate_bytes, frames) as one:
+        await one.turn()  # warms up
+        turns = [await one.turn() for _ in range(scale.repetitions)]
+        memory = _guest_side_memory(one.agent, GUEST)
+    plain = [turn.plain_s for turn in turns]
+    inflated = [turn.inflate_s for turn in turns]
+    deflated = [turn.deflate_s for turn in turns]
     ratio = Figure(
         name=f"inflate_{frames}_ratio",
         value=statistics.median(plain) / statistics.median(inflated),
         unit="plain loop's time / balloon's time",
         reach=Reach("at least", least),
-        detail={"plain_s": plain, "balloon_s": inflated, "bytes": size},
+        detail={"plain_s": plain, "balloon_s": inflated, "bytes": scale.inflate_bytes},
     )
     deflate = Figure(
         name=f"deflate_{frames}",
         value=statistics.median(deflated) * 1000,
         unit="ms",
         reach=Reach("at most", 5.0),
-        detail={"balloon_s": deflated, "bytes": size},
+        detail={"balloon_s": deflated, "bytes": scale.inflate_bytes},
     )
     return [ratio, deflate] + ([memory] if frames == "4KiB" else [])
 
@@ -150,17 +139,17 @@ async def _move(scale: Scale) -> Figure:
         private_agent("bench", pool_bytes=most + least, reserve_bytes=0) as agent,
         yardstick(agent, size, PAGE_BYTES) as loop,
     ):
-        await _launch(agent, "a", assigned, startup=least)
-        await _launch(agent, "b", assigned, startup=least)
+        await launch(agent, "a", assigned, startup=least)
+        await launch(agent, "b", assigned, startup=least)
         rich, poor = "a", "b"
         for turn in range(scale.repetitions + 1):
             # The rich one is the policy's: it gets whatever the other is not promised.
-            await _set_quota(agent, poor, least)
+            await set_quota(agent, poor, least)
             await agent.change(rich, VmChange(automatic=True))
-            await _until_quota(agent, rich, most)
+            await until_quota(agent, rich, most)
             plain_s = await loop.turn()
             await trio.sleep(REST_S)
-            moved_s = await _time_quota(agent, poor, most)
+            moved_s = await time_quota(agent, poor, most)
             await trio.sleep(REST_S)
             rich, poor = poor, rich
             if turn:
@@ -189,7 +178,7 @@ async def _bursts(scale: Scale) -> list[Figure]:
             used = agent.balancer.guests["a"].live_quota.read().workload_usage_bytes
             answer = await workload.burst(quota - used + burst)
             await workload.unburst()
-            await _until_quota(agent, "a", quota)
+            await until_quota(agent, "a", quota)
             if turn:
                 stalls.append(float(answer["longest_stall_s"]))
         kills = sum(guest.live_quota.oom_kills_total for guest in agent.balancer.guests.values())
@@ -221,8 +210,8 @@ async def _burst_host(
     """A guest with the demonstration's workload, and nothing free but the host reserve."""
     pool = quota + reserve_bytes
     async with private_agent("bench", pool_bytes=pool, reserve_bytes=reserve_bytes) as agent:
-        await _launch(agent, "a", assigned, startup=quota, command=())
-        await _set_quota(agent, "a", quota)
+        await launch(agent, "a", assigned, startup=quota, command=())
+        await set_quota(agent, "a", quota)
         workload = WorkloadClient(agent.places.disk_dir("a") / WORKLOAD_SOCKET)
         with trio.fail_after(TURN_DEADLINE_S):
             while True:
@@ -232,60 +221,3 @@ async def _burst_host(
                 except WorkloadError:
                     await trio.sleep(REST_S)
         yield agent, workload
-
-
-# What the measurements are made of
-
-
-async def _launch(
-    agent: Agent,
-    name: str,
-    assigned: int,
-    *,
-    frames: FrameSize = "4KiB",
-    startup: int | None = None,
-    command: tuple[str, ...] = ("sleep", "infinity"),
-) -> None:
-    spec = VmSpec(
-        name=name,
-        assigned_bytes=assigned,
-        reservation_bytes=0,
-        startup_bytes=assigned if startup is None else startup,
-        frames=frames,
-        command=command,
-    )
-    await agent.launch(spec)
-    await _set_quota(agent, name, spec.startup_bytes)
-
-
-async def _set_quota(agent: Agent, name: str, quota_bytes: int) -> None:
-    """Ask for a quota as an operator does, and wait until it is in force.
-
-    The answer to the operator comes later: it waits for the disk, to which the wish is written.
-    """
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(agent.change, name, VmChange(quota_bytes=quota_bytes))
-        await _until_quota(agent, name, quota_bytes)
-
-
-async def _until_quota(agent: Agent, name: str, quota_bytes: int) -> None:
-    guest = agent.balancer.guests[name]
-    with trio.move_on_after(TURN_DEADLINE_S):
-        while bytes_of(agent.ledger.view(name).quota_pages) != quota_bytes:
-            await guest.quota_changed.wait()
-        return
-    raise AgentError(f"the quota of {name} did not get where it should: {guest.last_reason}")
-
-
-async def _time_quota(agent: Agent, name: str, quota_bytes: int) -> float:
-    """Seconds from the wish until the kernel's limit is there and every frame is settled."""
-    async with trio.open_nursery() as nursery:
-        began_s = perf_counter()
-        nursery.start_soon(agent.change, name, VmChange(quota_bytes=quota_bytes))
-        await _until_quota(agent, name, quota_bytes)
-        took_s = perf_counter() - began_s
-    guest = agent.balancer.guests[name]
-    limit = guest.live_quota.read().vm_limit_bytes - guest.overhead_bytes
-    if limit != quota_bytes:
-        raise AgentError(f"the kernel's limit of {name} is {limit}, not {quota_bytes}")
-    return took_s

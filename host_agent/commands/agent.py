@@ -27,6 +27,8 @@ from host_agent.service import run_agent
 def agent(config_path: Path | None, run_dir: Path | None) -> None:
     """Run the host agent."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    # It tells of every request, and the engine is asked often.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     config = load_config(config_path)
     if run_dir is not None:
         host = config.host.model_copy(update={"run_dir": run_dir})

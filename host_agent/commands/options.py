@@ -1,5 +1,6 @@
 """Options that several commands share, and the way to the agent."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -17,16 +18,38 @@ Model = TypeVar("Model", bound=BaseModel)
 
 OPTION_OF_FIELD: Final = {
     "name": "NAME",
+    "client": "NAME",
+    "size_bytes": "SIZE",
+    "vm": "VM",
     "command": "COMMAND",
     "assigned_bytes": "--memory",
     "reservation_bytes": "--reservation",
     "startup_bytes": "--startup",
+    "maximum_bytes": "--maximum",
+    "buffer_percent": "--buffer",
+    "swap_bytes": "--swap",
+    "balloon_may_swap": "--balloon-may-swap",
     "target_bytes": "--target",
     "quota_bytes": "--quota",
     "automatic": "--auto",
     "shares": "--shares",
     "frames": "--frames",
+    "image": "--image",
+    "network": "--network",
 }
+
+
+class SecondsRange(click.FloatRange):
+    """A number of seconds in a range. `nan` and `inf` are numbers to click, and no times."""
+
+    name = "seconds"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Fails as click's own types do."""
+        seconds = super().convert(value, param, ctx)
+        if not math.isfinite(seconds):
+            self.fail(f"{value} is no number of seconds.", param, ctx)
+        return seconds
 
 
 def run_dir_option(command: Decorated) -> Decorated:

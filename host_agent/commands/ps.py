@@ -13,9 +13,10 @@ from host_agent.sizes import format_size
 @run_dir_option
 @json_option
 def ps(run_dir: Path, as_json: bool) -> None:
-    """List the mock VMs."""
+    """List the mock VMs, and why one gave less than was wanted of it."""
     with agent_at(run_dir) as agent:
         vms = agent.vms()
+        fault = None if as_json else agent.host().policy_fault
     if as_json:
         print_json(vms)
         return
@@ -35,3 +36,8 @@ def ps(run_dir: Path, as_json: bool) -> None:
             for vm in vms
         ],
     )
+    reasons = [f"{vm.name}: {vm.last_reason}" for vm in vms if vm.last_reason is not None]
+    if reasons:
+        click.echo("\n" + "\n".join(reasons))
+    if fault is not None:
+        click.echo(f"policy: {fault.text}; the last plan stays", err=True)

@@ -18,6 +18,7 @@ from host_agent.sizes import SIZE, format_size
 @click.option("--auto", is_flag=True, help="Let the policy choose the balloon's size again.")
 @click.option("--shares", type=int, help="Weight when memory is short.")
 @click.option("--reservation", type=SIZE, help="What can never be taken.")
+@click.option("--maximum", type=SIZE, help="The most that a policy gives.")
 @run_dir_option
 @json_option
 def set_command(
@@ -28,16 +29,17 @@ def set_command(
     auto: bool,
     shares: int | None,
     reservation: int | None,
+    maximum: int | None,
     run_dir: Path,
     as_json: bool,
 ) -> None:
-    """Change a mock VM's balloon, shares or reservation."""
+    """Change a mock VM's balloon, shares, reservation or maximum."""
     if (target is not None) + (quota is not None) + auto > 1:
         raise BadRequest("only one of --target, --quota and --auto can be given")
-    if not auto and {target, quota, shares, reservation} == {None}:
+    if not auto and {target, quota, shares, reservation, maximum} == {None}:
         raise BadRequest(
             f"nothing to change in {name}",
-            what_to_do="give --target, --quota, --auto, --shares or --reservation",
+            what_to_do="give --target, --quota, --auto, --shares, --reservation or --maximum",
         )
     change = build(
         VmChange,
@@ -46,6 +48,7 @@ def set_command(
         automatic=True if auto else None,
         shares=shares,
         reservation_bytes=reservation,
+        maximum_bytes=maximum,
     )
     with agent_at(run_dir) as agent:
         vm = agent.change(name, change)

@@ -6,9 +6,9 @@ import click
 
 from host_agent.client import AgentClient
 from host_agent.commands.options import agent_at, json_option, run_dir_option
-from host_agent.commands.tables import NO_VALUE, print_json, print_table, size_or_none
+from host_agent.commands.tables import NO_VALUE, counted, print_json, print_table, size_or_none
 from host_agent.errors import NoSuchVm
-from host_agent.facade.port import HostView, VitalsView, VmView
+from host_agent.facade.views import HostView, VitalsView, VmView
 from host_agent.sizes import format_size
 
 
@@ -35,17 +35,16 @@ def stats(name: str | None, run_dir: Path, as_json: bool) -> None:
 def host_line(host: HostView) -> str:
     """The pool in one line."""
     shortage = f"short of {format_size(host.shortage_bytes)}" if host.shortage else "no shortage"
+    overdrawn = f" ({format_size(host.overdrawn_bytes)} too much)" if host.overdrawn_bytes else ""
     return (
-        f"pool {format_size(host.pool_bytes)}: quotas {format_size(host.quotas_bytes)}, "
-        f"free {format_size(host.free_bytes)}, reserve {format_size(host.reserve_left_bytes)} of "
+        f"pool {format_size(host.pool_bytes)}: quotas {format_size(host.quotas_bytes)}{overdrawn}, "
+        f"free {format_size(host.free_bytes)}, "
+        f"{f'held for clients {format_size(host.held_bytes)}, ' if host.held_bytes else ''}"
+        f"reserve {format_size(host.reserve_left_bytes)} of "
         f"{format_size(host.reserve_bytes)}; assigned {format_size(host.assigned_bytes)} "
-        f"({host.overcommit_ratio:.2f} x), {shortage}, {_times(host.oom_kills, 'OOM kill')}, "
-        f"{_times(host.moves_total, 'move')}, policy {host.policy}, cgroup v{host.cgroup_version}"
+        f"({host.overcommit_ratio:.2f} x), {shortage}, {counted(host.oom_kills, 'OOM kill')}, "
+        f"{counted(host.moves_total, 'move')}, policy {host.policy}, cgroup v{host.cgroup_version}"
     )
-
-
-def _times(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _show_all(vms: list[VmView]) -> None:
@@ -62,6 +61,8 @@ def _show_all(vms: list[VmView]) -> None:
             "USAGE",
             "WORKING SET",
             "DEMAND",
+            "SWAP USED",
+            "SWAP FREE",
             "OVERHEAD",
             "OOM KILLS",
         ),
@@ -78,6 +79,8 @@ def _show_all(vms: list[VmView]) -> None:
                 size_or_none(vm.usage_bytes),
                 size_or_none(vm.working_set_bytes),
                 size_or_none(vm.demand_bytes),
+                size_or_none(vm.swap_used_bytes),
+                size_or_none(vm.swap_free_bytes),
                 format_size(vm.overhead_bytes),
                 str(vm.oom_kills),
             )

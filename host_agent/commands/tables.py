@@ -19,6 +19,11 @@ WIDTH_OF_A_PIPE: Final = 240
 NO_VALUE: Final = "-"
 
 
+def counted(count: int, what: str) -> str:
+    """1 move, 2 moves."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 2) -> None:
     """A table; the first `left` columns are text, the others numbers."""
     table = Table(box=None, pad_edge=False, header_style="bold")

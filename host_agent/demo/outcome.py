@@ -1,8 +1,10 @@
 """What the demonstration found: for people, for machines, and whether all of it holds."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from host_agent.facade.views import VmView
 from host_agent.moves import Move
 from protocol.units import MIB
 
@@ -133,3 +135,25 @@ def describe_moves(moves: tuple[Move, ...]) -> str:
 
 def _names(names: list[str]) -> str:
     return ", ".join(names) if len(names) <= 3 else f"{len(names)} holders"
+
+
+def unfair(vms: Sequence[VmView], margin_bytes: int) -> list[str]:
+    """Whether shares told at all, and who has less than somebody with fewer of them, by a margin.
+
+    Who needs no more than it has, by its driver's own estimate, has not been treated unfairly.
+    """
+    found = []
+    by_shares = sorted(vms, key=lambda vm: vm.shares)
+    first, last = by_shares[0], by_shares[-1]
+    in_need = [vm for vm in by_shares if (vm.demand_bytes or 0) > vm.quota_bytes + margin_bytes]
+    if last in in_need and last.quota_bytes < first.quota_bytes + margin_bytes:
+        found.append(f"{last.name} has no more than {first.name}, for all its shares")
+    for rich in in_need:
+        for poor in by_shares:
+            less = rich.quota_bytes < poor.quota_bytes - margin_bytes
+            if rich.shares > poor.shares and less:
+                found.append(
+                    f"{rich.name} ({rich.shares} shares) has {mib(rich.quota_bytes)}, "
+                    f"{poor.name} ({poor.shares}) {mib(poor.quota_bytes)}"
+                )
+    return found

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from host_agent.demo.outcome import Outcome, describe_moves, mib
-from host_agent.facade.port import HostView, VmView
+from host_agent.facade.views import HostView, VmView
 
 BAR_CHARS: Final = 40
 

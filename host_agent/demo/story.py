@@ -11,11 +11,12 @@ from typing import Final
 import trio
 
 from host_agent.agent import Agent
-from host_agent.demo.outcome import Act, Outcome, Stall, mib
+from host_agent.demo.outcome import Act, Outcome, Stall, mib, unfair
 from host_agent.demo.scenario import Appetite, Scenario
 from host_agent.demo.watch import LimitWatch, peak_memory_bytes
 from host_agent.errors import AgentError
-from host_agent.facade.port import VmSpec, VmView
+from host_agent.facade.port import VmSpec
+from host_agent.facade.views import VmView
 from host_agent.guest import overhead_of
 from host_agent.guest_command import WORKLOAD_SOCKET
 from host_agent.moves import Move
@@ -125,10 +126,11 @@ class Story:
                 await self._set(name, crowded)
             await self._until(lambda: self._agent.host().shortage, "the shortage to be said")
             await self._until_steady()
+            await self._until_fair()
             shortage = self._agent.host().shortage_bytes
             if not shortage:
                 failures.append("the shortage was not said any more when all had settled")
-            failures.extend(self._unfair())
+            failures.extend(unfair(self._agent.vms(), STEADY_BYTES))
             there_is = self._scenario.pool_bytes - self._scenario.reserve_bytes
             return (
                 f"{self._quotas_by_shares()}; {mib(wanted - there_is)} less than was asked for, "
@@ -245,6 +247,15 @@ class Story:
                 before = now
             await trio.sleep(LOOK_S)
 
+    async def _until_fair(self) -> None:
+        """Until nobody has less than by its shares, or as long as a step may take.
+
+        A guest that has just refused is asked again after a pause only, and a plan takes nothing
+        from one that says it can spare nothing now: all may stand still before shares have told.
+        """
+        with contextlib.suppress(ActFailed):  # who has less is told by name
+            await self._until(lambda: not unfair(self._agent.vms(), STEADY_BYTES), "fair quotas")
+
     async def _longest_stall(self) -> Stall | None:
         stalls = []
         for name, workload in self._workloads.items():
@@ -254,22 +265,6 @@ class Story:
                     if stats[kind]["max_s"] is not None:
                         stalls.append(Stall(name, float(stats[kind]["max_s"]), kind))
         return max(stalls, key=lambda stall: stall.seconds, default=None)
-
-    def _unfair(self) -> list[str]:
-        """Who has markedly less than somebody with fewer shares; and whether shares told at all."""
-        found = []
-        vms = sorted(self._agent.vms(), key=lambda vm: vm.shares)
-        if vms[-1].quota_bytes < vms[0].quota_bytes + STEADY_BYTES:
-            found.append(f"{vms[-1].name} has no more than {vms[0].name}, for all its shares")
-        for rich in vms:
-            for poor in vms:
-                less = rich.quota_bytes < poor.quota_bytes - STEADY_BYTES
-                if rich.shares > poor.shares and less:
-                    found.append(
-                        f"{rich.name} ({rich.shares} shares) has {mib(rich.quota_bytes)}, "
-                        f"{poor.name} ({poor.shares}) {mib(poor.quota_bytes)}"
-                    )
-        return found
 
     def _quotas_by_shares(self) -> str:
         by_shares: dict[int, list[int]] = {}

@@ -1,13 +1,21 @@
 """The control API: routes, and which HTTP status stands for which error.
 
-    GET    /v1/host                the pool
-    GET    /v1/vms                 all mock VMs
-    POST   /v1/vms                 launch one (VmSpec), 201; undone if the client goes away before
-    GET    /v1/vms/{name}          one
-    PATCH  /v1/vms/{name}          change it (VmChange)
-    DELETE /v1/vms/{name}          stop it, 204
-    GET    /v1/vms/{name}/vitals   its driver's last statistics, null before the first
-    GET    /openapi.json           this, for machines
+    GET    /v1/host                  the pool
+    GET    /v1/vms                   all mock VMs
+    POST   /v1/vms                   launch one (VmSpec), 201; undone if the client goes away before
+    GET    /v1/vms/{name}            one
+    PATCH  /v1/vms/{name}            change it (VmChange)
+    DELETE /v1/vms/{name}            stop it, 204
+    GET    /v1/vms/{name}/vitals     its driver's last statistics, null before the first
+    GET    /v1/vms/{name}/decisions  what was decided about it lately, newest first
+    GET    /v1/policy                the policy in force, and which there are
+    PUT    /v1/policy                let another one decide (PolicyChange)
+    GET    /v1/reservations          what clients have reserved
+    POST   /v1/reservations          reserve memory (ClientRequest), 201; undone if the client goes
+    PUT    /v1/reservations/{id}/vm  hand it over to a VM (ClientTransfer); null if that runs
+    DELETE /v1/reservations/{id}     release it, 204
+    POST   /v1/clients/{name}/login  a client begins anew: what it had reserved is purged
+    GET    /openapi.json             this, for machines
 
 An error is answered with a problem document (Problem); which keys it has depends on its kind.
 No route decides anything: the agent behind AgentPort does.
@@ -31,19 +39,38 @@ from host_agent.errors import (
     BadRequest,
     MethodNotAllowed,
     MissingRight,
+    NoSuchReservation,
     NoSuchRoute,
     NoSuchVm,
     NotEnoughMemory,
     UserError,
     VmExists,
 )
-from host_agent.facade.port import AgentPort, HostView, VitalsView, VmChange, VmSpec, VmView
+from host_agent.facade.port import (
+    AgentPort,
+    ClientRequest,
+    ClientTransfer,
+    PolicyChange,
+    VmChange,
+    VmName,
+    VmSpec,
+)
+from host_agent.facade.views import (
+    DecisionView,
+    HostView,
+    PolicyView,
+    ReservationView,
+    TransferView,
+    VitalsView,
+    VmView,
+)
 from host_agent.validation import one_line
 
 T = TypeVar("T")
 
 STATUSES: Final[tuple[tuple[type[AgentError], HTTPStatus], ...]] = (
     (NoSuchVm, HTTPStatus.NOT_FOUND),
+    (NoSuchReservation, HTTPStatus.NOT_FOUND),
     (VmExists, HTTPStatus.CONFLICT),
     (BadRequest, HTTPStatus.UNPROCESSABLE_ENTITY),
     (NotEnoughMemory, HTTPStatus.INSUFFICIENT_STORAGE),
@@ -95,6 +122,7 @@ def build_app(agent: AgentPort) -> FastAPI:
         responses={"4XX": {"model": Problem}, "5XX": {"model": Problem}},
     )
     _add_routes(app, agent)
+    _add_reservations(app, agent)
     _add_problems(app)
     return app
 
@@ -112,10 +140,7 @@ def _add_routes(app: FastAPI, agent: AgentPort) -> None:
 
     @app.post("/v1/vms", status_code=HTTPStatus.CREATED)
     async def launch(spec: VmSpec, request: Request) -> VmView:
-        launched = await _unless_gone(request, partial(agent.launch, spec))
-        if launched is None:
-            raise AgentError(f"{spec.name}: whoever asked for it has gone away")  # nobody reads it
-        return launched
+        return await _unless_gone(request, partial(agent.launch, spec))
 
     @app.get("/v1/vms/{name}")
     async def vm(name: str) -> VmView:
@@ -133,13 +158,47 @@ def _add_routes(app: FastAPI, agent: AgentPort) -> None:
     async def vitals(name: str) -> VitalsView | None:
         return agent.vitals(name)
 
+    @app.get("/v1/vms/{name}/decisions")
+    async def decisions(name: str) -> list[DecisionView]:
+        return await agent.decisions(name)
 
-async def _unless_gone(request: Request, work: Callable[[], Awaitable[T]]) -> T | None:
-    """The result of `work`; it is cancelled, and None returned, if the client goes away before.
+    @app.get("/v1/policy")
+    async def policy() -> PolicyView:
+        return agent.policy()
+
+    @app.put("/v1/policy")
+    async def use_policy(change: PolicyChange) -> PolicyView:
+        return await agent.use_policy(change.name)
+
+
+def _add_reservations(app: FastAPI, agent: AgentPort) -> None:
+    @app.get("/v1/reservations")
+    async def reservations() -> list[ReservationView]:
+        return agent.reservations()
+
+    @app.post("/v1/reservations", status_code=HTTPStatus.CREATED)
+    async def reserve(wanted: ClientRequest, request: Request) -> ReservationView:
+        return await _unless_gone(request, partial(agent.reserve, wanted))
+
+    @app.put("/v1/reservations/{reservation_id}/vm")
+    async def transfer(reservation_id: str, to: ClientTransfer) -> TransferView:
+        return await agent.transfer(reservation_id, to.vm)
+
+    @app.delete("/v1/reservations/{reservation_id}", status_code=HTTPStatus.NO_CONTENT)
+    async def release(reservation_id: str) -> None:
+        await agent.release(reservation_id)
+
+    @app.post("/v1/clients/{name}/login")
+    async def login(name: VmName) -> list[ReservationView]:
+        return await agent.login(name)
+
+
+async def _unless_gone(request: Request, work: Callable[[], Awaitable[T]]) -> T:
+    """The result of `work`, which is cancelled if the client goes away before there is one.
 
     A command that is interrupted closes its connection: what it waited for is not wanted any more.
     """
-    result: T | None = None
+    results: list[T] = []
     failure: Exception | None = None
 
     async def watch(scope: trio.CancelScope) -> None:
@@ -151,13 +210,15 @@ async def _unless_gone(request: Request, work: Callable[[], Awaitable[T]]) -> T 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(watch, nursery.cancel_scope)
         try:
-            result = await work()
+            results.append(await work())
         except Exception as error:
             failure = error  # raised below, outside of the nursery: alone, not in a group
         nursery.cancel_scope.cancel()
     if failure is not None:
         raise failure
-    return result
+    if not results:
+        raise AgentError("whoever asked for it has gone away")  # nobody reads it
+    return results[0]
 
 
 def _add_problems(app: FastAPI) -> None:

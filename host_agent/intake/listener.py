@@ -6,7 +6,9 @@ cgroup. What a Hello says of itself is used to find things, never to believe the
 """
 
 import contextlib
+import errno
 import logging
+import os
 import socket
 import struct
 from collections.abc import AsyncIterator
@@ -17,6 +19,7 @@ import trio
 
 from host_agent.audit.frames import FrameAuditor
 from host_agent.guest import Guest
+from host_agent.machines.identity import ProcessHandle, pid_inside, start_ticks_of
 from host_agent.quota.base import Part
 from protocol.channel import Channel
 from protocol.connection import Connection
@@ -38,6 +41,10 @@ FAREWELL_DEADLINE_S: Final = 1.0
 """The Goodbye to a guest at fault is a courtesy: it must not hold anything up."""
 
 _UCRED: Final = struct.Struct("3i")
+_FD: Final = struct.Struct("i")
+
+_SO_PEERPIDFD: Final = 77
+"""Linux 6.5 (include/uapi/asm-generic/socket.h); Python's socket module has no name for it."""
 
 
 class HelloRefused(Exception):
@@ -71,6 +78,30 @@ def peer_pid(stream: trio.SocketStream) -> int:
     return int(pid)
 
 
+def peer_process(stream: trio.SocketStream, pid: int) -> ProcessHandle:
+    """The process that connected, whose `peer_pid` is `pid`; the caller closes it.
+
+    Of a kernel before 6.5, which remembers no more than the pid, the process that has it now.
+    Raises ProcessLookupError if it has ended.
+    """
+    try:
+        raw = stream.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD, _FD.size)
+    except OSError as error:
+        if error.errno == errno.ENOPROTOOPT:
+            return ProcessHandle.of(pid)
+        raise ProcessLookupError(f"pid {pid} has ended") from error
+    (pidfd,) = _FD.unpack(raw)
+    try:
+        handle = ProcessHandle(pid, start_ticks_of(pid), pidfd)
+    except BaseException:
+        os.close(pidfd)
+        raise
+    if not handle.is_alive():
+        handle.close()
+        raise ProcessLookupError(f"pid {pid} has ended")
+    return handle
+
+
 def is_driver_of(guest: Guest, pid: int) -> bool:
     """Whether the kernel has this process in the guest's driver cgroup."""
     return pid in guest.live_quota.processes(Part.DRIVER)
@@ -90,7 +121,7 @@ def open_auditor(guest: Guest, hello: Hello) -> FrameAuditor:
         raise HelloRefused(f"its frames have order {hello.frame_order}")
     quota = guest.live_quota
     for pid in quota.processes(Part.DRIVER):
-        if _pid_inside(pid) == hello.pseudo_process_pid:
+        if pid_inside(pid) == hello.pseudo_process_pid:
             try:
                 return FrameAuditor(
                     pid=pid,
@@ -101,18 +132,6 @@ def open_auditor(guest: Guest, hello: Hello) -> FrameAuditor:
             except ValueError as error:  # an arena that can't be
                 raise HelloRefused(str(error)) from error
     raise HelloRefused(f"no process of its driver has pid {hello.pseudo_process_pid}")
-
-
-def _pid_inside(pid: int) -> int | None:
-    """The pid that a process has in its innermost namespace; None if it is gone."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return None
-    for line in status.splitlines():
-        if line.startswith("NSpid:"):
-            return int(line.split()[-1])
-    return None
 
 
 async def receive_hello(channel: Channel) -> Hello:

@@ -5,6 +5,7 @@ ends its own connection and nothing else: its quota stays what the books say, th
 the other guests don't notice.
 """
 
+import contextlib
 import logging
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,9 +24,11 @@ from host_agent.intake.listener import (
     new_channel,
     open_auditor,
     peer_pid,
+    peer_process,
     receive_hello,
     say_goodbye,
 )
+from host_agent.intake.newcomer import make_driver, may_become_driver, who_is
 from host_agent.intake.pace import Pace
 from host_agent.intake.session import GuestSession
 from host_agent.ledger.ledger import LedgerError
@@ -34,6 +37,7 @@ from protocol.channel import Channel
 from protocol.errors import ChannelBroken, LocalProtocolError, RemoteProtocolError
 from protocol.messages import Welcome
 from protocol.negotiation import negotiate
+from protocol.vocabulary import SWAP_FEATURE
 
 LOG = logging.getLogger("memballoon.intake")
 
@@ -51,6 +55,9 @@ MOST_GREETINGS: Final = 10
 
 FAULT_PAUSE_S: Final = 1.0
 """A guest that was at fault is greeted again only after this: no storm of faults fills the log."""
+
+STRANGER_PAUSE_S: Final = 1.0
+"""Between lines about strangers at one socket: no storm of connections fills the log."""
 
 CONNECTION_PAUSE_S: Final = 0.05
 """A connection counts for at least so long: whoever connects in a loop is slowed down."""
@@ -83,7 +90,7 @@ class Reception:
         async with new_channel(stream) as channel:
             pid = peer_pid(stream)
             if not is_driver_of(guest, pid):
-                LOG.warning("%s: pid %d is not its driver: turned away", guest.name, pid)
+                await self._meet(guest, stream, pid)
                 return
             if guest.connections >= MOST_CONNECTIONS:
                 LOG.warning("%s: its driver has %d connections", guest.name, guest.connections)
@@ -100,6 +107,25 @@ class Reception:
         # Only now: a driver lets go of its frames when it hears that the connection has ended.
         if visit.session is not None:
             await self._return_room_later(guest, visit.session)
+
+    async def _meet(self, guest: Guest, stream: trio.SocketStream, pid: int) -> None:
+        """Somebody who is not the driver: a process of a container that knocks, or a stranger."""
+        if not may_become_driver(guest, pid):
+            now_s = trio.current_time()
+            if now_s >= guest.stranger_s + STRANGER_PAUSE_S:
+                guest.stranger_s = now_s
+                LOG.warning("%s: %s", guest.name, who_is(guest, pid))
+            return
+        try:
+            await run_blocking(
+                partial(_admit, guest, stream, pid),
+                timeout_s=OPEN_DEADLINE_S,
+                limiter=self._threads.limit_writes,
+            )
+        except (OSError, DeadlinePassed) as error:
+            LOG.warning("%s: its driver can't be put into its cgroup: %s", guest.name, error)
+        else:
+            LOG.info("%s: pid %d of its container becomes its driver", guest.name, pid)
 
     async def _speak(self, visit: _Visit) -> None:
         """Greet and converse again and again; the end of it is put into the log."""
@@ -142,7 +168,14 @@ class Reception:
                 # A driver speaks on one connection: this one is newer.
                 guest.session.supersede()
             session = visit.session = GuestSession(
-                guest, hello, auditor, ledger, self._threads, self._balancer, scope
+                guest,
+                hello,
+                auditor,
+                ledger,
+                self._threads,
+                self._balancer,
+                scope,
+                may_swap=SWAP_FEATURE in agreement.features,
             )
             claimed = ledger.settle(guest.name, hello.claimed)
             # A driver that greets has released what was not claimed.
@@ -186,6 +219,17 @@ class Reception:
                 return
             await trio.sleep(ROOM_WATCH_S)
         LOG.error("%s: its driver still holds frames: the workload's room stays away", guest.name)
+
+
+def _admit(guest: Guest, stream: trio.SocketStream, pid: int) -> None:
+    """Make the process that connected the guest's driver. Raises OSError.
+
+    It is held in here, since the thread of this may outlast whoever waits for it. The kernel is
+    asked in here as well: a thread that never starts has nothing to let go of, and of a connection
+    that is closed by then nobody is got.
+    """
+    with contextlib.closing(peer_process(stream, pid)) as process:
+        make_driver(guest, process)
 
 
 def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:

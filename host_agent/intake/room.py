@@ -28,8 +28,11 @@ class Room:
         self._ledger = ledger
         self._threads = threads
 
-    async def make(self, pages: int) -> bool:
-        """Shrink the workload by `pages`. False, with nothing changed, if it needs them."""
+    async def make(self, pages: int, swap_pages: int = 0) -> bool:
+        """Shrink the workload by `pages`. False, with nothing changed, if it needs them.
+
+        Up to `swap_pages` may be swapped out for that; they stay so even if it was in vain.
+        """
         name = self._guest.name
         if pages > self._ledger.view(name).workload_pages:
             return False
@@ -39,7 +42,12 @@ class Room:
         limit_bytes = bytes_of(self._ledger.view(name).workload_pages)
         try:
             await run_blocking(
-                partial(self._shrink, limit_bytes, trio.lowlevel.current_trio_token()),
+                partial(
+                    self._shrink,
+                    limit_bytes,
+                    bytes_of(swap_pages),
+                    trio.lowlevel.current_trio_token(),
+                ),
                 timeout_s=ROOM_DEADLINE_S,
                 limiter=self._threads.limit_writes,
             )
@@ -56,12 +64,12 @@ class Room:
             # The kernel still holds the workload down: the books must not say otherwise.
             self._ledger.make_room(name, pages)
 
-    def _shrink(self, limit_bytes: int, token: trio.lowlevel.TrioToken) -> None:
+    def _shrink(self, limit_bytes: int, swap_bytes: int, token: trio.lowlevel.TrioToken) -> None:
         """The limit write, in a thread that may outlive its attempt, and even its session."""
         if not self._guest.shrinking.acquire(blocking=False):
             raise NoRoom("an earlier limit write of this guest is still under way")
         try:
-            self._guest.live_quota.make_room(limit_bytes)
+            self._guest.live_quota.make_room(limit_bytes, swap_bytes=swap_bytes)
         finally:
             self._guest.shrinking.release()
             with suppress(trio.RunFinishedError):

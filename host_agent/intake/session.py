@@ -97,6 +97,10 @@ class SessionOwner(Protocol):
         """The guest's vitals are new."""
         ...
 
+    def offered(self, guest: Guest, pages: int) -> None:
+        """The guest has offered `pages`; its reason for less than wanted is its last one."""
+        ...
+
     def inflation_ended(self, guest: Guest, claimed_pages: int) -> None:
         """An attempt to inflate is over, with `claimed_pages` (0 if refused)."""
         ...
@@ -139,7 +143,11 @@ class GuestSession:
         threads: Threads,
         owner: SessionOwner,
         scope: trio.CancelScope,
+        *,
+        may_swap: bool = False,
     ) -> None:
+        """`may_swap`: guest and host agreed on the feature."""
+        self._may_swap = may_swap
         self._scope = scope
         self._guest = guest
         self._frame_order = hello.frame_order
@@ -162,8 +170,11 @@ class GuestSession:
         """Whether an attempt to inflate is under way."""
         return self._inflation is not None
 
-    def wish(self, balloon_pages: int, urgency: Urgency) -> None:
-        """Ask the guest for a balloon of `balloon_pages`; ignored while it is inflating."""
+    def wish(self, balloon_pages: int, urgency: Urgency, swap_pages: int = 0) -> None:
+        """Ask the guest for a balloon of `balloon_pages`; ignored while it is inflating.
+
+        It may swap out `swap_pages` for it, if it thinks fit and knows what that is.
+        """
         wanted = balloon_pages - self._ledger.view(self._guest.name).claimed.page_count
         if self._inflation is not None or wanted < (1 << self._frame_order):
             return
@@ -174,7 +185,8 @@ class GuestSession:
             deadline_s=trio.current_time() + PROGRESS_DEADLINE_S,
         )
         self._next_target_id += 1
-        self._send(Target(self._inflation.target_id, balloon_pages, urgency))
+        allowed_pages = swap_pages if self._may_swap else 0
+        self._send(Target(self._inflation.target_id, balloon_pages, urgency, allowed_pages))
 
     def give_back(self, frames: PageFrames) -> None:
         """Tell the guest that its quota was raised and these frames are its own again."""
@@ -272,24 +284,31 @@ class GuestSession:
         inflation = self._inflation
         if inflation is None or inflation.target_id != offer.target_id or self._nursery is None:
             return
-        if offer.reason is None:
-            self._guest.last_reason = None
-        else:
+        if offer.reason is not None:
             self._note(offer.reason.value, offer.detail)
+        else:
+            self._guest.last_reason = offer.detail or None
+        self._owner.offered(self._guest, offer.pages)
         inflation.step = _Step.MAKING_ROOM
         inflation.deadline_s = math.inf  # the host's own deadline runs now
         pages = min(offer.pages, inflation.wanted_pages)
-        self._nursery.start_soon(self._make_room, inflation, pages)
+        swap_pages = max(0, offer.swap_pages - (offer.pages - pages))
+        self._nursery.start_soon(self._make_room, inflation, pages, swap_pages)
 
     # Room
 
-    async def _make_room(self, inflation: _Inflation, pages: int) -> None:
-        """Shrink the workload by `pages`, or by half as often as that finds no room."""
+    async def _make_room(self, inflation: _Inflation, pages: int, swap_pages: int) -> None:
+        """Shrink the workload by `pages`, or by half as often as that finds no room.
+
+        `swap_pages` of them may be swapped out; what is not asked for any more is off these first.
+        """
         frame_pages = 1 << self._frame_order
+        offered_pages = pages
         pages -= pages % frame_pages
         least_pages = max(frame_pages, min(SMALLEST_ROOM_PAGES, inflation.wanted_pages))
         while pages >= least_pages and not inflation.given_up:
-            if await self._try_room(inflation, pages):
+            may_swap_pages = max(0, swap_pages - (offered_pages - pages))
+            if await self._try_room(inflation, pages, may_swap_pages):
                 inflation.step = _Step.RESERVING
                 self._progress()
                 self._send(Reserve(inflation.target_id, pages, self._frame_order))
@@ -300,10 +319,10 @@ class GuestSession:
         self._send(Decline(inflation.target_id, "the guest needs what it was asked for"))
         self._end_inflation()
 
-    async def _try_room(self, inflation: _Inflation, pages: int) -> bool:
+    async def _try_room(self, inflation: _Inflation, pages: int, swap_pages: int) -> bool:
         await self._check_replaced()
         # Room that was given up while the write was under way has been undone by a raise.
-        return await self._room.make(pages) and not inflation.given_up
+        return await self._room.make(pages, swap_pages) and not inflation.given_up
 
     # Reports and drops, in order
 

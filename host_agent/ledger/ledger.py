@@ -13,18 +13,29 @@ Room is what the guest's workload was shrunk by so that the balloon may reserve 
 workload limit = quota - room. A claim consumes room and quota alike, so the workload's limit does
 not move; closing the room gives the unused rest back to the workload.
 
+Held pages are kept for clients that have reserved them (client_reservations.py): part of the pool,
+in no quota, and neither granted nor lent to anybody but the VM that a client hands them over to.
+
 The host reserve is lent when a guest runs dry. What is lent is in that guest's quota; what is left
 is still reserve, so that quotas + reserve left <= pool holds throughout. Every page that becomes
 free pays the debt first: what the guest that gave it owes, then what the others owe, by name. So
 nobody ever owes more than its quota, and the debt of a guest that leaves is covered by what it
 leaves behind.
+
+An agent may find running guests that have more than its pool, which was larger before. The books
+are overdrawn by so much then: quotas + held + reserve left <= pool + overdrawn. Only `adopt` makes
+that more. Every page that becomes free pays it off once no debt is left, so that the reserve is
+there again first, and the last of them makes the pool what it is said to be.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Final
 
 from host_agent.ledger.snapshot import UNSEEN, GuestSnapshot, HostSnapshot, Observation
 from protocol.page_frames import MAX_PFN, PageFrames
+
+_OBSERVED: Final = tuple(column.name for column in fields(Observation))
 
 
 class LedgerError(Exception):
@@ -91,6 +102,8 @@ class Ledger:
             raise LedgerError(f"a reserve of {reserve_pages} pages does not fit {pool_pages} pages")
         self.pool_pages = pool_pages
         self.reserve_pages = reserve_pages
+        self.held_pages = 0
+        self.overdrawn_pages = 0
         self._accounts: dict[str, _Account] = {}
 
     # What there is
@@ -106,14 +119,20 @@ class Ledger:
         return sum(account.lent_pages for account in self._accounts.values())
 
     @property
+    def owed_pages(self) -> int:
+        """What guests have to give back, of the reserve and beyond the pool."""
+        return self.lent_pages + self.overdrawn_pages
+
+    @property
     def reserve_left_pages(self) -> int:
         """How much of the reserve is still there to be lent."""
         return self.reserve_pages - self.lent_pages
 
     @property
     def free_pages(self) -> int:
-        """Pages of the pool in no quota and not in the reserve."""
-        return self.pool_pages - self.quota_pages - self.reserve_left_pages
+        """Pages of the pool in no quota, not held for a client and not in the reserve."""
+        there = self.pool_pages + self.overdrawn_pages
+        return there - self.quota_pages - self.reserve_left_pages - self.held_pages
 
     def __contains__(self, name: str) -> bool:
         return name in self._accounts
@@ -136,8 +155,11 @@ class Ledger:
             lent_pages=account.lent_pages,
         )
 
-    def snapshot(self, observed: Mapping[str, Observation]) -> HostSnapshot:
-        """What a policy sees: the books, and what was `observed` of each guest by name."""
+    def snapshot(self, observed: Mapping[str, Observation], kept_pages: int = 0) -> HostSnapshot:
+        """What a policy sees: the books, and what was `observed` of each guest by name.
+
+        `kept_pages` of the pool are kept for clients: for a policy they aren't there.
+        """
         guests = []
         for account in self._accounts.values():
             seen = observed.get(account.name, UNSEEN)
@@ -149,14 +171,10 @@ class Ledger:
                     shares=account.shares,
                     quota_pages=account.quota_pages,
                     lent_pages=account.lent_pages,
-                    demand_pages=seen.demand_pages,
-                    working_set_pages=seen.working_set_pages,
-                    spare_pages=seen.spare_pages,
-                    movable=seen.movable,
-                    pinned_pages=seen.pinned_pages,
+                    **{column: getattr(seen, column) for column in _OBSERVED},
                 )
             )
-        return HostSnapshot(self.pool_pages, self.reserve_pages, tuple(guests))
+        return HostSnapshot(self.pool_pages - kept_pages, self.reserve_pages, tuple(guests))
 
     # Guests come and go
 
@@ -189,19 +207,20 @@ class Ledger:
         """Enter a guest that runs already, with the quota that its kernel limit tells.
 
         How many frames are claimed is known from the limit; which ones, only the guest's inventory
-        can tell (`settle`). Quotas beyond pool minus reserve count as lent to the last adopted.
-        Raises LedgerError when even the whole pool can't hold them, and as `admit` does.
+        can tell (`settle`). Quotas beyond pool minus reserve count as lent to the last adopted, and
+        what is beyond the whole pool overdraws it. Raises LedgerError as `admit` does, and when
+        the quota is outside the assigned size.
         """
         if not 0 <= quota_pages <= assigned_pages:
             raise LedgerError(f"{name}: a quota of {quota_pages} pages is outside its size")
-        lent = max(0, quota_pages - self.free_pages)
-        if lent > self.reserve_left_pages:
-            raise LedgerError(f"{name}: its quota of {quota_pages} pages does not fit the pool")
+        beyond = max(0, quota_pages - self.free_pages)
+        lent = min(beyond, self.reserve_left_pages)
         self.admit(name, assigned_pages, reservation_pages, shares)
         account = self._accounts[name]
         account.claimed = PageFrames.span(0, assigned_pages - quota_pages)
         account.frames_known = False
         account.lent_pages = lent
+        self.overdrawn_pages += beyond - lent
 
     def settle(self, name: str, inventory: PageFrames) -> PageFrames:
         """What both sides hold as claimed from now on, given a (re)connected guest's inventory.
@@ -300,14 +319,35 @@ class Ledger:
 
     # Deflating: grants and loans
 
-    def grant(self, name: str, pages: int) -> PageFrames:
-        """Give `pages` free pages to the guest; returns the frames that become its own again.
+    def grant(self, name: str, pages: int, held_pages: int = 0) -> PageFrames:
+        """Give `pages` to the guest; returns the frames that become its own again.
 
-        Raises LedgerError when so many are not free, or the guest has not given up so many.
+        `held_pages` of them are held, for this guest, the others free. Raises LedgerError when
+        there are not so many, or the guest has not given up so many.
         """
-        if pages > self.free_pages:
+        if held_pages and not 0 < held_pages <= min(pages, self.held_pages):
+            raise LedgerError(f"{name}: {held_pages} held pages are wanted of {self.held_pages}")
+        if pages - held_pages > self.free_pages:
             raise LedgerError(f"{name}: {pages} pages are wanted, {self.free_pages} are free")
-        return self._give(name, pages)
+        frames = self._give(name, pages)
+        self.held_pages -= held_pages
+        return frames
+
+    def hold(self, pages: int) -> None:
+        """Keep free pages for a client. Raises LedgerError when there are not so many."""
+        if not 0 <= pages <= self.free_pages:
+            raise LedgerError(f"{pages} pages are to be held, {self.free_pages} are free")
+        self.held_pages += pages
+
+    def let_go(self, pages: int) -> int:
+        """Held pages are free again; returns how many of them paid back the host reserve.
+
+        Raises LedgerError when not so many are held.
+        """
+        if not 0 <= pages <= self.held_pages:
+            raise LedgerError(f"{pages} pages are let go, {self.held_pages} are held")
+        self.held_pages -= pages
+        return self._repay()
 
     def lend(self, name: str, pages: int) -> PageFrames:
         """Give up to `pages` to a guest that ran dry: free pages first, then the host reserve.
@@ -344,8 +384,9 @@ class Ledger:
 
         Each guest: claimed and pending frames lie inside its size and apart from each other; room
         fits its quota; pending frames fit its room; it owes no more than its quota. The host:
-        quotas + reserve left <= pool, no more is lent than the reserve, nothing is free while
-        something is owed, and all reservations can be kept at once.
+        quotas + held pages + reserve left <= pool + overdrawn, no more is lent than the reserve,
+        nothing is free while something is owed or overdrawn, and all reservations can be kept at
+        once.
         """
         for account in self._accounts.values():
             own = PageFrames.span(0, account.assigned_pages)
@@ -362,10 +403,14 @@ class Ledger:
                 raise LedgerError(f"{account.name}: its entry is inconsistent: {account}")
         if self.lent_pages > self.reserve_pages:
             raise LedgerError(f"{self.lent_pages} pages lent of {self.reserve_pages}")
+        if self.held_pages < 0:
+            raise LedgerError(f"{self.held_pages} pages are held")
         if self.free_pages < 0:
             raise LedgerError(f"quotas and reserve exceed the pool by {-self.free_pages} pages")
-        if self.lent_pages and self.free_pages:
-            raise LedgerError(f"{self.free_pages} pages are free, {self.lent_pages} are owed")
+        if self.overdrawn_pages < 0:
+            raise LedgerError(f"{self.overdrawn_pages} pages are overdrawn")
+        if (owed := self.owed_pages) and self.free_pages:
+            raise LedgerError(f"{self.free_pages} pages are free, {owed} are owed or overdrawn")
         reserved = sum(account.reservation_pages for account in self._accounts.values())
         if reserved > self.pool_pages - self.reserve_pages:
             raise LedgerError(f"reservations of {reserved} pages exceed the pool")
@@ -382,6 +427,8 @@ class Ledger:
     def _repay(self, giver: str | None = None) -> int:
         """Put free pages back into the reserve while something is owed; returns how many.
 
+        What is free then pays off what is overdrawn.
+
         The giver's own debt comes first: pages that leave its quota must not leave a larger debt
         behind than the quota. Then by name, so that the same events always give the same books.
         """
@@ -392,6 +439,7 @@ class Ledger:
             part = min(account.lent_pages, available - repaid)
             account.lent_pages -= part
             repaid += part
+        self.overdrawn_pages -= min(self.overdrawn_pages, available - repaid)
         return repaid
 
     def _check_reservation(self, name: str, reservation_pages: int, assigned_pages: int) -> None:
