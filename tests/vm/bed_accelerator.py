@@ -4,12 +4,13 @@ In some nested machines KVM makes a VM and then never runs it. So the kernel is 
 disk: it must come as far as its panic for want of one. The answer is kept until the host reboots.
 """
 
+import contextlib
 import os
 import subprocess
 from pathlib import Path
 
 from bed_errors import BedError
-from bed_image import Image
+from bed_recipe import Image
 from bed_tools import tool
 
 ACCELERATORS = ("kvm", "tcg")
@@ -32,7 +33,8 @@ def default_accelerator(image: Image) -> str:
     if known.exists() and known.read_text().startswith(f"{boot} "):
         return known.read_text().split()[1]
     found = "kvm" if _boots_with_kvm(image) else "tcg"
-    known.write_text(f"{boot} {found}\n")
+    with contextlib.suppress(OSError):  # somebody else's cache: found out again next time
+        known.write_text(f"{boot} {found}\n")
     return found
 
 

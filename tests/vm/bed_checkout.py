@@ -8,8 +8,8 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
-from bed_image import ROOT
 from bed_initrd import Initrd
+from bed_recipe import ROOT
 
 LEFT_OUT = {".git", ".venv", "build", "__pycache__", ".hypothesis"}
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from bed_errors import BedError
@@ -11,7 +12,6 @@ PACKAGES = {
     "mmdebstrap": "mmdebstrap",
     "dpkg-deb": "dpkg",
     "mkfs.ext4": "e2fsprogs",
-    "busybox": "busybox-static",
     "qemu-system-x86_64": "qemu-system-x86",
     "unshare": "util-linux",
     "setpriv": "util-linux",
@@ -20,6 +20,13 @@ KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
 SETUP = "python tests/vm/bed.py setup"
 
+CALL_TIMEOUT_S = 900.0
+APT_LOCK_TIMEOUT_S = 300
+"""Another apt-get at work is waited for."""
+
+SAID_LINES = 12
+"""Of what a program said before it failed."""
+
 
 def tool(name: str) -> str:
     """Where a program is. Raises BedError with the package to install."""
@@ -27,6 +34,17 @@ def tool(name: str) -> str:
     if found is None:
         raise BedError(f"{name} is missing: `{SETUP}` (or apt-get install {PACKAGES[name]})")
     return found
+
+
+def call(command: Sequence[str], what: str, *, may_fail: bool = False) -> None:
+    """Run a program to its end. Raises BedError with the last of what it said."""
+    try:
+        done = _run(command)
+    except subprocess.TimeoutExpired as expired:
+        raise BedError(f"cannot {what}: not within {CALL_TIMEOUT_S:.0f} s") from expired
+    if done.returncode and not may_fail:
+        lines = "\n  ".join(done.stdout.strip().splitlines()[-SAID_LINES:])
+        raise BedError(f"cannot {what} (status {done.returncode}):\n  {lines}")
 
 
 def missing_packages() -> list[str]:
@@ -45,11 +63,30 @@ def install_missing() -> None:
         return
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
         raise BedError(f"as root, on Debian or Ubuntu: apt-get install {' '.join(missing)}")
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    for command in (
-        ["apt-get", "update", "-qq"],
-        ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *missing],
-    ):
-        done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, check=False)
-        if done.returncode:
-            raise BedError(f"{' '.join(command)} failed with status {done.returncode}")
+    apt = ("apt-get", "-qq", "-o", f"DPkg::Lock::Timeout={APT_LOCK_TIMEOUT_S}")
+    try:
+        # One source of many that fails is no harm as long as the packages are found.
+        _run([*apt, "update"])
+        done = _run([*apt, "install", "-y", "--no-install-recommends", *missing])
+    except subprocess.TimeoutExpired as expired:
+        raise BedError(f"cannot install {' '.join(missing)}: apt-get hangs") from expired
+    if done.returncode:
+        errors = [line for line in done.stdout.splitlines() if line.startswith("E:")]
+        why = errors[0].removeprefix("E:").strip() if errors else f"status {done.returncode}"
+        raise BedError(
+            f"cannot install {' '.join(missing)}: {why} (does `apt-get update` reach its servers?)"
+        )
+
+
+def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        timeout=CALL_TIMEOUT_S,
+        check=False,
+        env={**os.environ, "DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8"},
+    )

@@ -1,78 +1,12 @@
 """The bed itself: what comes out of it, how it ends, and that nothing is left of it."""
 
-import os
+import re
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
+from bed_rig import BED, DEADLINE_S, Bed, wait_for
 
-BED = Path(__file__).parent / "bed.py"
 pytestmark = pytest.mark.vm
-DEADLINE_S = 120.0
-
-
-@dataclass(frozen=True)
-class Bed:
-    """`scratch` is where each run puts its files: empty again afterwards."""
-
-    scratch: Path
-
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, str(BED), "run", *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "TMPDIR": str(self.scratch)},
-        )
-
-    def run(self, *arguments: str) -> tuple[int, str, str]:
-        with self.start(*arguments) as process:
-            try:
-                output, errors = process.communicate(timeout=DEADLINE_S)
-            finally:
-                process.terminate()
-        return process.returncode, output, errors
-
-    def qemus(self) -> list[int]:
-        return [
-            int(path.parent.name)
-            for path in Path("/proc").glob("[0-9]*/cmdline")
-            if str(self.scratch) in _text(path)
-        ]
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""
-
-
-def wait_for(predicate: Callable[[], object], what: str) -> None:
-    end_s = time.monotonic() + DEADLINE_S
-    while not predicate():
-        assert time.monotonic() < end_s, what
-        time.sleep(0.05)
-
-
-@pytest.fixture
-def bed(tmp_path: Path) -> Iterator[Bed]:
-    made = Bed(tmp_path)
-    try:
-        yield made
-        assert made.qemus() == []
-        assert list(tmp_path.iterdir()) == []
-    finally:
-        for pid in made.qemus():
-            os.kill(pid, signal.SIGKILL)
-
 
 INSIDE = """
 echo "controllers: $(cat /sys/fs/cgroup/cgroup.controllers)"
@@ -89,10 +23,14 @@ exit 7
 
 
 def test_a_command_under_version_2(bed: Bed) -> None:
-    status, output, errors = bed.run("--", "sh", "-c", INSIDE)
+    status, output, errors = bed.run("run", "--", "sh", "-c", INSIDE)
     said = dict(line.split(": ", 1) for line in output.splitlines())
     assert status == 7, errors
-    assert errors == "an error\n"
+    booted, *others = errors.splitlines()
+    assert others == ["an error"]
+    took = re.fullmatch(r"bed: booted to the command in (\d+\.\d) s", booted)
+    assert took is not None
+    assert 0 < float(took.group(1)) < DEADLINE_S
     assert "memory" in said["controllers"].split()
     assert said["mounts"] == "0", "no version 1"
     assert said["pressure"].startswith("some avg10=")
@@ -106,7 +44,7 @@ def test_a_command_under_version_2(bed: Bed) -> None:
 def test_arguments_and_environment_arrive_as_they_are(bed: Bed) -> None:
     argument = "a 'b' \"c\" $HOME ü\n*"
     status, output, _ = bed.run(
-        "--env", "X=y  z'", "--", "sh", "-c", 'echo "$X"; echo "$0"', argument
+        "run", "--env", "X=y  z'", "--", "sh", "-c", 'echo "$X"; echo "$0"', argument
     )
     assert (status, output) == (0, f"y  z'\n{argument}\n")
 
@@ -114,38 +52,40 @@ def test_arguments_and_environment_arrive_as_they_are(bed: Bed) -> None:
 def test_by_its_own_clock_an_emulated_machine_is_not_slow(bed: Bed) -> None:
     """The same work takes the same time as on any machine, however long it takes outside."""
     work = "import time; t = time.monotonic(); sum(range(10**7)); print(time.monotonic() - t)"
-    status, output, errors = bed.run("--own-clock", "--", "python", "-S", "-c", work)
+    status, output, errors = bed.run("run", "--own-clock", "--", "python", "-S", "-c", work)
     assert status == 0, errors
     assert float(output) < 2.0
 
 
 def test_a_signal_shows_in_the_status(bed: Bed) -> None:
-    status, _, _ = bed.run("--", "sh", "-c", "kill -KILL $$")
+    status, _, _ = bed.run("run", "--", "sh", "-c", "kill -KILL $$")
     assert status == 128 + signal.SIGKILL
 
 
 def test_much_output_arrives_whole(bed: Bed) -> None:
-    status, output, _ = bed.run("--", "seq", "300000")
+    status, output, _ = bed.run("run", "--", "seq", "300000")
     assert status == 0
     assert output == "".join(f"{number}\n" for number in range(1, 300001))
 
 
 def test_a_panic_is_125_and_says_so(bed: Bed) -> None:
-    status, output, errors = bed.run("--", "sh", "-c", "echo before; echo c > /proc/sysrq-trigger")
+    status, output, errors = bed.run(
+        "run", "--", "sh", "-c", "echo before; echo c > /proc/sysrq-trigger"
+    )
     assert (status, output) == (125, "before\n")
     assert "Kernel panic" in errors
     assert "sysrq triggered crash" in errors
 
 
 def test_time_up_is_125(bed: Bed) -> None:
-    status, _, errors = bed.run("--timeout-s", "3", "--", "sleep", "1000")
+    status, _, errors = bed.run("run", "--timeout-s", "3", "--", "sleep", "1000")
     assert status == 125
     assert "not within 3 s" in errors
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_end_from_outside_takes_the_vm_along(bed: Bed, number: signal.Signals) -> None:
-    with bed.start("--", "sh", "-c", "echo ready; sleep 1000") as process:
+    with bed.start("run", "--", "sh", "-c", "echo ready; sleep 1000") as process:
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == "ready\n"
