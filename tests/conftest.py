@@ -2,6 +2,7 @@
 
 - `effects` tests are skipped, with the reason, where this machine or this user can't do them.
 - `soak` tests are deselected unless `-m` names them.
+- MEMBALLOON_TEST_SHARE=1/2 runs every second test, 2/2 the others: for machines side by side.
 - At the end a short list says what was not run, and why.
 - A cgroup of this run that is still there at the end fails the run. With MEMBALLOON_TEST_ALONE=1
   (nobody else tests on this machine) so does any new cgroup of a test, whoever named it.
@@ -54,6 +55,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_soak] = 0
 
 
+@pytest.hookimpl(trylast=True)  # a share is one of what -k and -m have left
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if "soak" not in config.getoption("markexpr"):
         soaking = [item for item in items if item.get_closest_marker("soak")]
@@ -61,11 +63,34 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             config.stash[_soak] = len(soaking)
             config.hook.pytest_deselected(items=soaking)
             items[:] = [item for item in items if not item.get_closest_marker("soak")]
+    number, count = share()
+    items[:] = items[number - 1 :: count]
     effects = [item for item in items if item.get_closest_marker("effects")]
     if effects and (missing := missing_for_effects()):
         reason = "effects need " + "; ".join(missing)
         for item in effects:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def missing_systemd() -> str | None:
+    """Why this is no machine for tests of systemd itself, which would not do any other one good."""
+    if os.environ.get("MEMBALLOON_IN_VM") == "1" and Path("/run/systemd/system").is_dir():
+        return None
+    return "needs systemd, in a VM: make test-vm"
+
+
+def share() -> tuple[int, int]:
+    """This run's number and how many there are, from MEMBALLOON_TEST_SHARE."""
+    wanted = os.environ.get("MEMBALLOON_TEST_SHARE", "1/1")
+    number, slash, count = wanted.partition("/")
+    if not (slash and number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
+        raise pytest.UsageError(f"MEMBALLOON_TEST_SHARE={wanted}: it is a share such as 1/2")
+    return int(number), int(count)
+
+
+def pytest_report_header() -> str | None:
+    number, count = share()
+    return None if count == 1 else f"share {number} of {count} of the tests"
 
 
 @pytest.hookimpl(trylast=True)

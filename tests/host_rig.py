@@ -5,10 +5,10 @@ A `Rig` is one host. A `ScriptedGuest` is the other end of a guest's channel, wh
 """
 
 import threading
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import pytest
 import trio
@@ -16,21 +16,36 @@ import trio.testing
 
 import host_agent.intake.reception
 from host_agent.audit.frames import AuditResult
-from host_agent.balance import Balancer, Policy
+from host_agent.balance import Balancer
 from host_agent.blocking import Threads
 from host_agent.facade.port import VmSpec
 from host_agent.guest import Guest, Phase, overhead_of
 from host_agent.intake.reception import Reception, _Visit
+from host_agent.ledger.columns import HostColumns
 from host_agent.ledger.ledger import Ledger
-from host_agent.ledger.snapshot import HostSnapshot
-from host_agent.policy import shares
+from host_agent.ledger.snapshot import HostSnapshot, rows_of
+from host_agent.policy.explain import Details, Explanation
+from host_agent.policy.interface import Decision, Policy
 from host_agent.policy.plan import Plan, QuotaTarget
+from host_agent.policy.shares import Shares
 from host_agent.quota.errors import NoRoom
 from host_agent.quota.fake import FakeBackend, FakeVm, FakeVmQuota
 from protocol.channel import Channel
 from protocol.connection import Connection
 from protocol.errors import ChannelBroken
-from protocol.messages import Hello, Message, Vitals, Welcome
+from protocol.messages import (
+    Claim,
+    Dropped,
+    Hello,
+    Message,
+    Offer,
+    Report,
+    Reserve,
+    Reserved,
+    Target,
+    Vitals,
+    Welcome,
+)
 from protocol.page_frames import PageFrames
 from protocol.units import MIB, bytes_of, pages_of
 from protocol.vocabulary import RejectionReason, Role
@@ -92,10 +107,10 @@ class FakeFrames:
 class Rig:
     """One host. Use it inside a running trio loop, by `open_rig`."""
 
-    def __init__(self, pool_bytes: int, reserve_bytes: int, policy: Policy = shares.plan) -> None:
+    def __init__(self, pool_bytes: int, reserve_bytes: int, policy: Policy | None = None) -> None:
         self.quotas = FakeBackend()
         self.ledger = Ledger(pages_of(pool_bytes), pages_of(reserve_bytes))
-        self.balancer = Balancer(self.ledger, policy, interval_s=1.0)
+        self.balancer = Balancer(self.ledger, policy or Shares(), interval_s=1.0)
         self.threads = Threads()
         self.reception = Reception(self.balancer, self.threads)
         self.frames: dict[str, FakeFrames] = {}
@@ -111,6 +126,8 @@ class Rig:
         reservation_bytes: int = 0,
         shares: int = 1000,
         frames: str = "4KiB",
+        swap_bytes: int = 0,
+        balloon_may_swap: bool = False,
     ) -> Guest:
         """A guest that runs, with its cgroups and without a driver yet."""
         spec = VmSpec.model_validate(
@@ -120,6 +137,8 @@ class Rig:
                 "reservation_bytes": reservation_bytes,
                 "shares": shares,
                 "frames": frames,
+                "swap_bytes": swap_bytes,
+                "balloon_may_swap": balloon_may_swap,
             }
         )
         quota_bytes = assigned_bytes if quota_bytes is None else quota_bytes
@@ -127,7 +146,7 @@ class Rig:
         self.ledger.grant(name, pages_of(quota_bytes))
         guest = self.balancer.guests[name] = Guest(spec, phase=Phase.RUNNING)
         overhead_bytes = overhead_of(assigned_bytes)
-        guest.quota = self.quotas.create(name, quota_bytes, overhead_bytes)
+        guest.quota = self.quotas.create(name, quota_bytes, overhead_bytes, swap_bytes)
         # No slack: a limit that falls before the frames are dropped is refused.
         self.vm(name).driver_bytes = overhead_bytes
         self.frames[name] = FakeFrames(self.vm(name))
@@ -195,8 +214,8 @@ class Rig:
             quotas_bytes += vm.vm_limit_bytes - overhead_bytes
             assert vm.workload_limit_bytes <= vm.vm_limit_bytes - overhead_bytes, name
             assert vm.workload_limit_bytes + vm.driver_bytes <= vm.vm_limit_bytes, name
-        reserve_left_bytes = bytes_of(self.ledger.reserve_left_pages)
-        assert quotas_bytes + reserve_left_bytes <= bytes_of(self.ledger.pool_pages)
+        kept_bytes = bytes_of(self.ledger.reserve_left_pages + self.ledger.held_pages)
+        assert quotas_bytes + kept_bytes <= bytes_of(self.ledger.pool_pages)
 
     def check_agreement(self) -> None:
         """Besides, where nothing is under way: kernel and books say the same of every guest."""
@@ -209,6 +228,11 @@ class Rig:
             assert vm.workload_limit_bytes == bytes_of(view.workload_pages), name
             present = self.frames[name].present
             assert not present & view.claimed, f"{name}: frames with two owners"
+
+
+Body = Callable[[Rig, trio.Nursery], Awaitable[None]]
+Run = Callable[[Body], None]
+"""The fixture `run`: plays a body on a host."""
 
 
 @asynccontextmanager
@@ -261,13 +285,13 @@ class SlowRoom:
         monkeypatch.setattr(quota, "raise_quota", self.raise_quota)
         monkeypatch.setattr(quota, "raise_workload", self.raise_workload)
 
-    def make_room(self, limit_bytes: int, timeout_s: float = 10.0) -> None:
+    def make_room(self, limit_bytes: int, timeout_s: float = 10.0, swap_bytes: int = 0) -> None:
         raises = self._raises
         self.calls += 1
         assert self.go.wait(SETTLE_DEADLINE_S)
         if self._raises != raises and not self._looks_late:
             raise NoRoom("the guest was given memory while room was made in it")
-        self._make_room(limit_bytes)
+        self._make_room(limit_bytes, swap_bytes=swap_bytes)
 
     def raise_quota(self, quota_bytes: int, workload_bytes: int | None = None) -> None:
         self._raises += 1
@@ -278,15 +302,28 @@ class SlowRoom:
         self._raise_workload(limit_bytes)
 
 
+class PolicyOf:
+    """A policy out of a function from rows to a plan."""
+
+    name: ClassVar[str] = "made-up"
+    source: ClassVar[str] = "a test"
+
+    def __init__(self, plan: Callable[[HostSnapshot], Plan]) -> None:
+        self.settings = None
+        self._plan = plan
+
+    def decide(self, host: HostColumns, memory: object, now_s: float) -> Decision:
+        return Decision(self._plan(rows_of(host)), None, Explanation(host.names, Details))
+
+
 def plan_of(quotas_pages: Mapping[str, int], shortage_pages: int = 0) -> Policy:
     """A policy that wants these quotas, whatever it sees; others stay as they are."""
 
-    def policy(snapshot: HostSnapshot) -> Plan:
+    def plan(snapshot: HostSnapshot) -> Plan:
         wanted = {g.name: quotas_pages.get(g.name, g.quota_pages) for g in snapshot.guests}
-        targets = [QuotaTarget(name, wanted[name], wanted[name]) for name in sorted(wanted)]
-        return Plan(tuple(targets), shortage_pages)
+        return Plan.of((QuotaTarget(n, p, p) for n, p in wanted.items()), shortage_pages)
 
-    return policy
+    return PolicyOf(plan)
 
 
 def first_leaf(error: BaseException) -> BaseException:
@@ -296,12 +333,17 @@ def first_leaf(error: BaseException) -> BaseException:
     return error
 
 
-def hello_of(assigned_pages: int, claimed: PageFrames, frame_order: int = 0) -> Hello:
+def hello_of(
+    assigned_pages: int,
+    claimed: PageFrames,
+    frame_order: int = 0,
+    features: tuple[str, ...] = (),
+) -> Hello:
     """A greeting of a guest that holds `claimed`."""
     return Hello(
         version_min=1,
         version_max=1,
-        features=(),
+        features=features,
         software="a scripted guest",
         pseudo_process_pid=7,
         arena_address=1 << 32,
@@ -325,8 +367,10 @@ class Line:
     claimed: PageFrames = field(default_factory=PageFrames.empty)
     welcome: bool = False
 
-    async def greet(self, assigned_pages: int, frame_order: int = 0) -> Welcome:
-        await self.say(hello_of(assigned_pages, self.claimed, frame_order))
+    async def greet(
+        self, assigned_pages: int, frame_order: int = 0, features: tuple[str, ...] = ()
+    ) -> Welcome:
+        await self.say(hello_of(assigned_pages, self.claimed, frame_order, features))
         welcome = await self.hear(Welcome)
         self.claimed = welcome.claimed
         self.welcome = True
@@ -339,6 +383,20 @@ class Line:
         message = await self.channel.receive()
         assert isinstance(message, kind), message
         return message
+
+    async def give(self, target: Target, pages: int) -> None:
+        """The guest gives `pages` for a target that it was told."""
+        await self.say(Offer(target.target_id, pages))
+        order = await self.hear(Reserve)
+        own = PageFrames.span(0, 1 << 20)
+        frames = (own - self.claimed).lowest(order.pages)
+        self.frames.populate(frames)
+        await self.say(Report(order.target_id, order.target_id, frames))
+        await self.say(Reserved(order.target_id, order.pages))
+        claim = await self.hear(Claim)
+        self.frames.drop(claim.frames)
+        self.claimed |= claim.frames
+        await self.say(Dropped(claim.report_id, claim.frames))
 
     async def is_silent(self) -> bool:
         """Whether the host has nothing to say until everybody is blocked."""

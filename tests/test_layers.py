@@ -120,7 +120,11 @@ def test_a_guest_needs_only_its_own_dependencies() -> None:
 def test_a_policy_sees_the_snapshot_and_units_only() -> None:
     def allowed(name: str) -> bool:
         return not ours(name) or is_in(
-            name, "host_agent.policy", "host_agent.ledger.snapshot", "protocol"
+            name,
+            "host_agent.policy",
+            "host_agent.ledger.columns",
+            "host_agent.ledger.snapshot",
+            "protocol",
         )
 
     assert offences("host_agent/policy", allowed) == []

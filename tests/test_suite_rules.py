@@ -1,6 +1,7 @@
 """The suite's own rules, held by suites in miniature: see conftest.py."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -194,3 +195,33 @@ def test_it_is_installed_again_only_when_pyproject_has_changed(checkout: Path) -
         os.utime(stamp, (200, 200))
         assert (checkout / "used").read_text().count("-m pip install") == installs
     assert (checkout / "used").read_text().count("-m pytest") == 3
+
+
+MANY = """
+@pytest.mark.parametrize("number", range(5))
+def test_it(number): print(f"<{number}>")
+@pytest.mark.soak
+def test_long(): pass
+"""
+
+
+@pytest.mark.parametrize(("share", "ran"), [("1/2", "024"), ("2/2", "13"), ("1/1", "01234")])
+def test_shares_are_all_of_it_and_nothing_twice(suite: Miniature, share: str, ran: str) -> None:
+    status, output = suite.run(MANY, "-s", MEMBALLOON_TEST_SHARE=share)
+    assert status == 0
+    assert "".join(re.findall(r"<(\d)>", output)) == ran
+    assert (f"share {share[0]} of 2 of the tests" in output) == (share != "1/1")
+    assert f"{len(ran)} passed, 1 deselected" in output
+
+
+def test_a_share_is_one_of_what_was_chosen(suite: Miniature) -> None:
+    arguments = ("-s", "-k", "test_it and not 1 and not 3")
+    _, output = suite.run(MANY, *arguments, MEMBALLOON_TEST_SHARE="2/2")
+    assert re.findall(r"<(\d)>", output) == ["2"]
+
+
+@pytest.mark.parametrize("share", ["2", "0/2", "3/2", "one/two", ""])
+def test_a_share_that_is_none_is_refused(suite: Miniature, share: str) -> None:
+    status, output = suite.run(MANY, MEMBALLOON_TEST_SHARE=share)
+    assert status == pytest.ExitCode.USAGE_ERROR
+    assert f"MEMBALLOON_TEST_SHARE={share}: it is a share such as 1/2" in output

@@ -9,18 +9,28 @@ from pathlib import Path
 
 import trio
 
-from host_agent.errors import AgentError, BadRequest, NoSuchVm, NotEnoughMemory, VmExists
+from host_agent.errors import (
+    AgentError,
+    BadRequest,
+    NoSuchReservation,
+    NoSuchVm,
+    NotEnoughMemory,
+    VmExists,
+)
 from host_agent.facade.control import build_app
-from host_agent.facade.port import (
-    AgentPort,
+from host_agent.facade.port import AgentPort, ClientRequest, VmChange, VmSpec
+from host_agent.facade.server import serve
+from host_agent.facade.views import (
+    DecisionView,
     HostView,
+    PolicyFaultView,
+    PolicyView,
+    ReservationView,
+    TransferView,
     VitalsView,
-    VmChange,
-    VmSpec,
     VmState,
     VmView,
 )
-from host_agent.facade.server import serve
 from protocol.units import MIB
 
 
@@ -36,17 +46,15 @@ class NumbersAgent:
         self.held = threading.Event()
         self.cancelled = threading.Event()
         self.defect: Exception | None = None
+        self.policy_name = "shares"
+        self.fault: PolicyFaultView | None = None
+        self.explained: list[DecisionView] = []
+        self.reserved: dict[str, ReservationView] = {}
         self.stuck: dict[str, AgentError] = {}
         """VMs that can't be stopped, and what is said of them."""
 
     async def launch(self, spec: VmSpec) -> VmView:
-        if self.hold is not None:
-            self.held.set()
-            try:
-                await self.hold.wait()
-            except trio.Cancelled:
-                self.cancelled.set()
-                raise
+        await self._held_up()
         if self.defect is not None:
             raise self.defect
         if spec.name in self.views:
@@ -116,9 +124,11 @@ class NumbersAgent:
             reserve_left_bytes=16 * MIB,
             free_bytes=self.pool_bytes - 16 * MIB - quotas_bytes,
             quotas_bytes=quotas_bytes,
+            overdrawn_bytes=0,
             assigned_bytes=assigned_bytes,
             overcommit_ratio=assigned_bytes / self.pool_bytes,
-            policy="shares",
+            policy=self.policy_name,
+            policy_fault=self.fault,
             shortage=False,
             shortage_bytes=0,
             oom_kills=0,
@@ -131,6 +141,69 @@ class NumbersAgent:
     def vitals(self, name: str) -> VitalsView | None:
         self.vm(name)
         return None if name == "mute" else VitalsView(age_s=0.5, usage_bytes=3 * MIB)
+
+    async def decisions(self, name: str) -> list[DecisionView]:
+        self.vm(name)
+        return self.explained
+
+    def policy(self) -> PolicyView:
+        return PolicyView(
+            name=self.policy_name,
+            source="a test",
+            settings={"step": "2MiB"},
+            configured="shares",
+            known=("other", "shares"),
+            fault=self.fault,
+        )
+
+    def reservations(self) -> list[ReservationView]:
+        return list(self.reserved.values())
+
+    async def login(self, client: str) -> list[ReservationView]:
+        purged = [one for one in self.reservations() if one.client == client]
+        for one in purged:
+            del self.reserved[one.id]
+        return purged
+
+    async def reserve(self, request: ClientRequest) -> ReservationView:
+        await self._held_up()
+        missing_bytes = request.size_bytes - self.host().free_bytes
+        if missing_bytes > 0:
+            raise NotEnoughMemory(missing_bytes, sorted(self.views))
+        name = f"r{len(self.reserved)}"
+        self.reserved[name] = ReservationView(
+            id=name, client=request.client, size_bytes=request.size_bytes, missing_bytes=0
+        )
+        return self.reserved[name]
+
+    async def _held_up(self) -> None:
+        if self.hold is not None:
+            self.held.set()
+            try:
+                await self.hold.wait()
+            except trio.Cancelled:
+                self.cancelled.set()
+                raise
+
+    async def transfer(self, reservation_id: str, vm: str) -> TransferView:
+        if reservation_id not in self.reserved:
+            raise NoSuchReservation(f"no reservation {reservation_id!r}")
+        one = self.reserved[reservation_id]
+        if vm in self.views:
+            await self.release(reservation_id)
+            return TransferView(given_bytes=one.size_bytes, kept=None)
+        moved = self.reserved[reservation_id] = one.model_copy(update={"vm": vm})
+        return TransferView(given_bytes=0, kept=moved)
+
+    async def release(self, reservation_id: str) -> None:
+        if self.reserved.pop(reservation_id, None) is None:
+            raise NoSuchReservation(f"no reservation {reservation_id!r}")
+
+    async def use_policy(self, name: str) -> PolicyView:
+        if name not in self.policy().known:
+            raise BadRequest(f"unknown policy {name!r}")
+        self.policy_name = name
+        return self.policy()
 
 
 def spec(name: str = "web1", assigned_mib: int = 160, **rest: object) -> VmSpec:

@@ -6,81 +6,36 @@ from collections.abc import Awaitable, Callable
 import pytest
 import trio
 import trio.testing
-from host_rig import Line, Rig, open_rig, plan_of, vitals_of
+from host_rig import Line, PolicyOf, Rig, Run, plan_of, vitals_of
 
 from host_agent.balance import (
-    DRY_MEMORY_S,
     FIRST_REFUSAL_PAUSE_S,
     LONGEST_REFUSAL_PAUSE_S,
     PLAN_GAP_S,
-    UNCOOPERATIVE_AFTER,
-    UNCOOPERATIVE_PAUSE_S,
-    URGENT_AFTER_S,
 )
 from host_agent.facade.port import VmSpec
 from host_agent.guest import Guest, Phase
 from host_agent.ledger.snapshot import GuestSnapshot, HostSnapshot
 from host_agent.moves import FREE_POOL, HOST_RESERVE
-from host_agent.policy.plan import Plan
+from host_agent.observing import DRY_MEMORY_S, UNCOOPERATIVE_AFTER, UNCOOPERATIVE_PAUSE_S
+from host_agent.policy.plan import Plan, QuotaTarget
+from host_agent.pressing import URGENT_AFTER_S
 from host_agent.quota.errors import QuotaError
 from protocol.messages import (
-    Claim,
     Decline,
-    Dropped,
     Offer,
     Refusal,
-    Report,
-    Reserve,
-    Reserved,
     Return,
     Target,
 )
-from protocol.page_frames import PageFrames
 from protocol.units import MIB, bytes_of, pages_of
-from protocol.vocabulary import RefusalReason, Urgency
+from protocol.vocabulary import SWAP_FEATURE, RefusalReason, Urgency
 
 STEP = pages_of(8 * MIB)
-
-Body = Callable[[Rig, trio.Nursery], Awaitable[None]]
-Run = Callable[[Body], None]
-
-
-@pytest.fixture
-def clock() -> trio.testing.MockClock:
-    return trio.testing.MockClock()
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, clock: trio.testing.MockClock) -> Run:
-    """A body on a host of 256 MiB, 16 MiB of which are its reserve."""
-
-    def run(body: Body) -> None:
-        async def main() -> None:
-            async with open_rig(monkeypatch) as (rig, nursery):
-                await body(rig, nursery)
-
-        trio.run(main, clock=clock)
-
-    return run
 
 
 def quota_of(rig: Rig, name: str) -> int:
     return rig.ledger.view(name).quota_pages
-
-
-async def give(line: Line, target: Target, pages: int) -> None:
-    """The guest gives `pages` for a target that it was told."""
-    await line.say(Offer(target.target_id, pages))
-    order = await line.hear(Reserve)
-    own = PageFrames.span(0, 1 << 20)
-    frames = (own - line.claimed).lowest(order.pages)
-    line.frames.populate(frames)
-    await line.say(Report(order.target_id, order.target_id, frames))
-    await line.say(Reserved(order.target_id, order.pages))
-    claim = await line.hear(Claim)
-    line.frames.drop(claim.frames)
-    line.claimed |= claim.frames
-    await line.say(Dropped(claim.report_id, claim.frames))
 
 
 def test_what_is_free_is_granted_and_told(run: Run) -> None:
@@ -112,7 +67,7 @@ def test_nothing_is_granted_before_it_is_credited(run: Run) -> None:
         target = await line.hear(Target)
         assert target.balloon_pages == STEP
         assert quota_of(rig, "taker") == pages_of(40 * MIB)
-        await give(line, target, STEP)
+        await line.give(target, STEP)
         await rig.settle()
         assert {name: quota_of(rig, name) for name in wanted} == wanted
         rig.check_agreement()
@@ -154,13 +109,19 @@ def test_a_loan_that_fails_is_not_owed(run: Run) -> None:
 
 
 def test_dry_guests_come_first_then_the_neediest(run: Run) -> None:
-    async def body(rig: Rig, _nursery: trio.Nursery) -> None:
-        rig.add("rest", 216 * MIB)
+    async def body(rig: Rig, nursery: trio.Nursery) -> None:
+        # What the rest is to give has not come yet.
+        await rig.connect(nursery, rig.add("rest", 216 * MIB))
         names = ("dry", "little", "much")
         guests = {name: rig.add(name, 64 * MIB, quota_bytes=1 * MIB) for name in names}
         guests["dry"].dry = True
         rig.balancer.policy = plan_of(
-            {"dry": pages_of(2 * MIB), "little": pages_of(5 * MIB), "much": pages_of(60 * MIB)}
+            {
+                "rest": pages_of(173 * MIB),
+                "dry": pages_of(2 * MIB),
+                "little": pages_of(5 * MIB),
+                "much": pages_of(60 * MIB),
+            }
         )
         assert rig.ledger.free_pages == pages_of(21 * MIB)
         rig.balancer.plan_once()
@@ -226,7 +187,7 @@ def test_the_reserve_is_lent_and_paid_back_first(run: Run) -> None:
         rig.balancer.plan_once()
         target = await line.hear(Target)
         assert target.urgency is Urgency.SHORT
-        await give(line, target, pages_of(12 * MIB))
+        await line.give(target, pages_of(12 * MIB))
         await rig.settle()
         assert rig.ledger.lent_pages == 0
         assert quota_of(rig, "dry") == pages_of(52 * MIB)
@@ -290,7 +251,7 @@ def test_a_refusal_is_followed_by_a_pause_that_doubles(
         clock.jump(LONGEST_REFUSAL_PAUSE_S * 0.2)
         # One that gives is asked again at once.
         rig.balancer.plan_once()
-        await give(line, await line.hear(Target), STEP)
+        await line.give(await line.hear(Target), STEP)
         await rig.settle()
         assert guest.refusals == 0
         rig.balancer.plan_once()
@@ -338,8 +299,9 @@ async def a_dry_guest(rig: Rig, clock: trio.testing.MockClock) -> None:
 
 
 async def a_guest_that_waits(rig: Rig, clock: trio.testing.MockClock) -> None:
-    pages = rig.ledger.free_pages + quota_of(rig, "two") + STEP
+    pages = rig.ledger.free_pages + quota_of(rig, "two")
     rig.balancer.policy = plan_of({"two": pages})
+    rig.quota(rig.balancer.guests["two"]).failures["raise_quota"] = QuotaError("no")
     rig.balancer.plan_once()
     rig.balancer.policy = plan_of({"one": pages_of(32 * MIB), "two": pages})
     clock.jump(1.1 * URGENT_AFTER_S)
@@ -363,13 +325,85 @@ def test_what_makes_it_urgent(
 ) -> None:
     async def body(rig: Rig, nursery: trio.Nursery) -> None:
         clock.jump(100.0)
-        guest = rig.add("one", 64 * MIB)
+        guest = rig.add("one", 64 * MIB, swap_bytes=16 * MIB, balloon_may_swap=True)
         rig.add("two", 250 * MIB, quota_bytes=150 * MIB)
-        line = await rig.connect(nursery, guest)
+        line = rig.dial(nursery, guest)
+        await line.greet(guest.assigned_pages, features=(SWAP_FEATURE,))
         rig.balancer.policy = plan_of({"one": pages_of(32 * MIB)})
         await reason(rig, clock)
         rig.balancer.plan_once()
-        assert (await line.hear(Target)).urgency is urgency
+        target = await line.hear(Target)
+        assert target.urgency is urgency
+        # What may be swapped may be so when memory is short, and at no other time.
+        assert bytes_of(target.swap_pages) == (16 * MIB if urgency is Urgency.SHORT else 0)
+
+    run(body)
+
+
+def test_what_is_beyond_the_pool_is_asked_for_and_given_to_nobody(run: Run) -> None:
+    """An agent with a smaller pool has found two that run: 16 MiB are lent, 48 too much."""
+
+    async def body(rig: Rig, nursery: trio.Nursery) -> None:
+        one, two = rig.add("one", 240 * MIB), rig.add("two", 64 * MIB, quota_bytes=0)
+        rig.quota(two).raise_quota(64 * MIB)
+        rig.ledger.remove("two")
+        rig.ledger.adopt("two", pages_of(64 * MIB), 0, 1000, pages_of(64 * MIB))
+        rig.balancer.overdraft.found()
+        first, second = await rig.connect(nursery, one), await rig.connect(nursery, two)
+        rig.balancer.policy = plan_of({"one": pages_of(176 * MIB), "two": pages_of(64 * MIB)})
+        rig.balancer.plan_once()
+        await first.give(await first.hear(Target), pages_of(60 * MIB))
+        await rig.settle()
+        assert bytes_of(rig.ledger.reserve_left_pages) == 16 * MIB
+        assert bytes_of(rig.ledger.overdrawn_pages) == 4 * MIB
+        rig.balancer.policy = plan_of({"one": pages_of(186 * MIB), "two": pages_of(54 * MIB)})
+        rig.balancer.plan_once()
+        target = await second.hear(Target)
+        assert target.urgency is Urgency.SHORT
+        await second.give(target, pages_of(10 * MIB))
+        await rig.settle()
+        assert (rig.ledger.overdrawn_pages, quota_of(rig, "one")) == (0, pages_of(186 * MIB))
+        rig.check_agreement()
+        moves = {(move.giver, move.taker): move.size_bytes for move in rig.balancer.moves.moves}
+        assert moves == {("one", HOST_RESERVE): 16 * MIB, ("two", "one"): 6 * MIB}
+
+    run(body)
+
+
+def test_who_leaves_has_paid_off_what_was_beyond_the_pool(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def body(rig: Rig, _nursery: trio.Nursery) -> None:
+        rig.add("one", 240 * MIB)
+        two = rig.add("two", 64 * MIB, quota_bytes=0)
+        rig.ledger.remove("two")
+        rig.ledger.adopt("two", pages_of(64 * MIB), 0, 1000, pages_of(64 * MIB))
+        rig.balancer.overdraft.found()
+        rig.remove(two)
+        assert rig.ledger.owed_pages == 0
+        assert [(move.giver, move.taker, move.size_bytes) for move in rig.balancer.moves.moves] == [
+            ("two", HOST_RESERVE, 16 * MIB)
+        ]
+        said = [record.getMessage() for record in caplog.records]
+        assert said[0].startswith("the VMs that run have 48MiB more than the pool of 256MiB: ")
+        assert said[1:] == ["the VMs have no more than the pool any longer"]
+
+    caplog.set_level(logging.INFO, "memballoon.agent")
+    run(body)
+
+
+def test_swap_is_the_guests_own_unless_its_balloon_may_have_it(
+    run: Run, clock: trio.testing.MockClock
+) -> None:
+    async def body(rig: Rig, nursery: trio.Nursery) -> None:
+        clock.jump(100.0)
+        guest = rig.add("one", 64 * MIB, swap_bytes=16 * MIB)
+        line = rig.dial(nursery, guest)
+        await line.greet(guest.assigned_pages, features=(SWAP_FEATURE,))
+        await a_shortage(rig, clock)
+        rig.balancer.plan_once()
+        target = await line.hear(Target)
+        assert (target.urgency, target.swap_pages) == (Urgency.SHORT, 0)
 
     run(body)
 
@@ -401,9 +435,9 @@ def seen_by(rig: Rig) -> GuestSnapshot:
 
     def policy(snapshot: HostSnapshot) -> Plan:
         seen.append(snapshot)
-        return Plan((), 0)
+        return Plan.of(QuotaTarget(g.name, g.quota_pages, 0) for g in snapshot.guests)
 
-    rig.balancer.policy = policy
+    rig.balancer.policy = PolicyOf(policy)
     rig.balancer.plan_once()
     return next(guest for guest in seen[0].guests if guest.name == "one")
 
@@ -446,7 +480,7 @@ def test_who_gives_is_not_stuck_any_more(run: Run) -> None:
         line = await rig.connect(nursery, guest)
         rig.balancer.policy = plan_of({"one": pages_of(56 * MIB)})
         rig.balancer.plan_once()
-        await give(line, await line.hear(Target), STEP)
+        await line.give(await line.hear(Target), STEP)
         await rig.settle()
         assert guest.stuck_times == 0
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from host_agent.bench.figures import Figure, Reach, machine
+from host_agent.bench.shrinks import breakdown
+from host_agent.quota.phases import ShrinkPhases
 
 NAMES = {
     "inflate_4KiB_ratio",
@@ -18,6 +20,8 @@ NAMES = {
     "move_ratio",
     "burst_longest_stall_median",
     "burst_oom_kills",
+    "shrink_median",
+    "shrink_longest_stall_median",
 }
 
 
@@ -45,6 +49,11 @@ def test_the_machine_is_described() -> None:
     json.dumps(about)
 
 
+def test_the_phases_that_took_no_time_are_left_out() -> None:
+    taken = [ShrinkPhases(look_s=0.001, write_s=0.0004, frozen_s=0.002) for _ in range(3)]
+    assert breakdown(taken) == "look 1.00, write 0.40"
+
+
 @pytest.mark.effects
 def test_a_small_bench_gives_every_figure() -> None:
     """At this size the ratios say little; that every frame moves and nobody is killed does."""
@@ -66,4 +75,7 @@ def test_a_small_bench_gives_every_figure() -> None:
     assert all(figures[name]["value"] > 0 for name in NAMES - {"burst_oom_kills"})
     kinds = {name.split()[0] for name in figures["guest_side_memory"]["detail"]["mib_by_process"]}
     assert "balloon" in kinds
+    assert "look " in figures["shrink_median"]["unit"]
+    assert figures["shrink_median"]["detail"]["oom_kills"] == 0
+    assert len(figures["shrink_median"]["detail"]["phases_s"]) == 2
     assert found["machine"]["kernel"]

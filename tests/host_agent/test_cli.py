@@ -9,11 +9,13 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
-from facade_fixtures import NumbersAgent, served
+from facade_fixtures import NumbersAgent, served, spec
 
 from host_agent.cli import COMMANDS, main
+from host_agent.client import AgentClient
+from host_agent.commands.stats import host_line
 from host_agent.errors import AgentError
-from host_agent.facade.port import VmState
+from host_agent.facade.views import DecisionView, DeedView, PolicyFaultView, TermView, VmState
 from protocol.units import MIB
 
 RUN = "from host_agent.cli import main; main()"
@@ -59,7 +61,9 @@ def test_help_lists_every_command_and_imports_none() -> None:
     assert not {"pydantic", "trio", "rich", "httpx", "fastapi", "numpy"} & imported
 
 
-@pytest.mark.parametrize("name", ["doctor", "launch", "ps", "stats", "set", "stop", "agent"])
+@pytest.mark.parametrize(
+    "name", ["doctor", "launch", "ps", "stats", "set", "policy", "explain", "stop", "agent"]
+)
 def test_a_commands_own_help_agrees_with_the_list(name: str) -> None:
     done = balloon(name, "--help")
     assert done.returncode == 0
@@ -99,6 +103,16 @@ BAD_INPUT = [
     (["stop", "--all", "w"], "give the names of VMs to stop, or --all"),
     (["agent", "--config", "/nowhere/x.toml"], "/nowhere/x.toml: No such file"),
 ]
+
+
+def test_a_transfer_says_what_was_given(run_dir: str, agent: NumbersAgent) -> None:
+    with AgentClient(Path(run_dir) / "control.sock") as client:
+        client.launch(spec("web1"))
+        for to, said in (("web1", "64MiB given to web1"), ("web2", "kept for web2")):
+            name = client.reserve("xapi", 64 * MIB).id
+            done = balloon("client", "transfer", name, to, "--run-dir", run_dir)
+            assert (done.returncode, done.stdout) == (0, f"{name}: {said}\n")
+    assert [one.vm for one in agent.reservations()] == ["web2"]
 
 
 @pytest.mark.parametrize(
@@ -158,7 +172,8 @@ def test_no_agent(arguments: list[str], tmp_path: Path) -> None:
 def test_launch_takes_a_command_with_its_own_options(run_dir: str, agent: NumbersAgent) -> None:
     done = balloon(
         "launch", "web1", "--memory", "160M", "--shares", "5", "--startup", "80MiB",
-        "--frames", "2MiB", "--run-dir", run_dir, "--", "sleep", "--json", "-5",
+        "--frames", "2MiB", "--swap", "1GiB", "--balloon-may-swap",
+        "--run-dir", run_dir, "--", "sleep", "--json", "-5",
     )  # fmt: skip
     assert (done.stderr, done.returncode) == ("", 0)
     assert done.stdout == "web1: running, quota 80MiB of 160MiB\n"
@@ -166,6 +181,7 @@ def test_launch_takes_a_command_with_its_own_options(run_dir: str, agent: Number
     assert launched.command == ("sleep", "--json", "-5")
     assert (launched.shares, launched.frames) == (5, "2MiB")
     assert launched.reservation_bytes == 40 * MIB
+    assert (launched.swap_bytes, launched.balloon_may_swap) == (1024 * MIB, True)
 
     again = balloon("launch", "web1", "--memory", "160M", "--run-dir", run_dir)
     assert (again.returncode, again.stdout) == (2, "")
@@ -195,6 +211,43 @@ def test_ps(run_dir: str) -> None:
     assert vms[0]["usage_bytes"] is None
 
 
+def test_ps_says_why_a_vm_gave_less(run_dir: str, agent: NumbersAgent) -> None:
+    launch(run_dir, "web1", "web2")
+    reason = "no_swap: 154 MiB of 200 MiB is in use, and no swap is left for it"
+    agent.views["web2"] = agent.views["web2"].model_copy(update={"last_reason": reason})
+    said = balloon("ps", "--run-dir", run_dir).stdout.splitlines()
+    assert said[3:] == ["", f"web2: {reason}"]
+
+
+def test_stats_show_swap(run_dir: str, agent: NumbersAgent) -> None:
+    launch(run_dir, "web1", "web2")
+    agent.views["web2"] = agent.views["web2"].model_copy(
+        update={"swap_bytes": 64 * MIB, "swap_used_bytes": 0, "swap_free_bytes": 48 * MIB}
+    )
+    lines = balloon("stats", "--run-dir", run_dir).stdout.splitlines()
+    heading = next(line for line in lines if line.startswith("NAME"))
+    at = heading.split("  ")
+    assert [word.strip() for word in at if word.strip()][-4:-2] == ["SWAP USED", "SWAP FREE"]
+    cells = next(line for line in lines if line.startswith("web2")).split()
+    assert cells[-4:-2] == ["0B", "48MiB"]
+    assert next(line for line in lines if line.startswith("web1")).split()[-4:-2] == ["-", "-"]
+    one = balloon("stats", "web2", "--run-dir", run_dir).stdout
+    for line in ("swap", "balloon may swap", "swap used", "swap free"):
+        assert any(row.startswith(line) for row in one.splitlines()), one
+
+
+def test_launch_refuses_swap_that_makes_no_sense(run_dir: str) -> None:
+    for options, said in (
+        (("--swap", "-1MiB"), "'-1MiB' is negative"),
+        (("--swap", "9GiB"), "a swap of 9GiB is more than 8 times the assigned 100MiB"),
+        (("--balloon-may-swap",), "its balloon may swap, but the VM has no swap: give it some"),
+    ):
+        done = balloon("launch", "web1", "--memory", "100MiB", *options, "--run-dir", run_dir)
+        assert done.returncode == 2
+        assert said in done.stderr
+        assert "Traceback" not in done.stderr
+
+
 def test_a_table_in_a_pipe_is_not_folded(run_dir: str, agent: NumbersAgent) -> None:
     launch(run_dir, "a" * 32)
     agent.views["a" * 32] = agent.views["a" * 32].model_copy(
@@ -207,7 +260,7 @@ def test_a_table_in_a_pipe_is_not_folded(run_dir: str, agent: NumbersAgent) -> N
     assert "0B pinned" in done.stdout
 
 
-def test_stats(run_dir: str) -> None:
+def test_stats(run_dir: str, agent: NumbersAgent) -> None:
     launch(run_dir, "web1")
     host, _, *table = balloon("stats", "--run-dir", run_dir).stdout.splitlines()
     assert host == (
@@ -215,6 +268,8 @@ def test_stats(run_dir: str) -> None:
         "(0.20 x), no shortage, 0 OOM kills, 0 moves, policy shares, cgroup v1"
     )
     assert len(table) == 2
+    overdrawn = agent.host().model_copy(update={"overdrawn_bytes": 30 * MIB})
+    assert "quotas 100MiB (30MiB too much), free" in host_line(overdrawn)
     both = json.loads(balloon("stats", "--json", "--run-dir", run_dir).stdout)
     assert both["host"]["free_bytes"] == 396 * MIB
     assert both["vms"][0]["vitals"]["usage_bytes"] == 3 * MIB
@@ -323,3 +378,96 @@ def test_a_defect_beside_it_stays_loud() -> None:
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert "ZeroDivisionError" in done.stderr
+
+
+def test_policy_shows_and_changes(agent: NumbersAgent, run_dir: str) -> None:
+    shown = balloon("policy", "--run-dir", run_dir)
+    assert shown.returncode == 0
+    assert shown.stdout.splitlines() == [
+        "policy     shares: a test",
+        "settings   step = 2MiB",
+        "known      other, shares",
+    ]
+    agent.fault = PolicyFaultView(text="it raised ValueError: no", age_s=2.0, times=4)
+    changed = balloon("policy", "other", "--run-dir", run_dir)
+    assert changed.returncode == 0
+    assert agent.policy_name == "other"
+    assert "fault      it raised ValueError: no; the last plan stays" in changed.stdout
+    assert "until the agent ends: the configuration says shares" in changed.stdout
+    listed = balloon("ps", "--run-dir", run_dir)
+    assert listed.stderr == "policy: it raised ValueError: no; the last plan stays\n"
+    assert json.loads(balloon("policy", "--json", "--run-dir", run_dir).stdout)["name"] == "other"
+    refused = balloon("policy", "nope", "--run-dir", run_dir)
+    assert (refused.returncode, refused.stderr) == (2, "balloon: unknown policy 'nope'\n")
+
+
+def test_explain_fills_in_the_terms(agent: NumbersAgent, run_dir: str) -> None:
+    assert balloon("launch", "web1", "--memory", "160MiB", "--run-dir", run_dir).returncode == 0
+    said = balloon("explain", "web1", "--run-dir", run_dir)
+    assert said.stdout == "nothing was decided about web1 yet\n"
+    agent.explained = [
+        DecisionView(
+            policy="shares",
+            first_age_s=3.0,
+            last_age_s=0.5,
+            times=times,
+            quota_bytes=100 * MIB,
+            target_quota_bytes=80 * MIB,
+            rule="by shares",
+            terms=(
+                TermView(name="demand", value=64 * MIB, unit="bytes"),
+                TermView(name="room", value=-4 * MIB, unit="bytes"),
+                TermView(name="spare", value=None, unit="bytes"),
+                TermView(name="active fraction", value=0.25, unit="fraction"),
+                TermView(name="has a driver", value=True, unit=""),
+            ),
+            last_rule="nothing moves" if times > 1 else "by shares",
+            last_terms=(
+                TermView(name="demand", value=65 * MIB, unit="bytes"),
+                TermView(name="room", value=-4 * MIB, unit="bytes"),
+                TermView(name="active fraction", value=0.25, unit="fraction"),
+                TermView(name="has a driver", value=True, unit=""),
+            ),
+            done=(
+                DeedView(
+                    what="asked",
+                    size_bytes=20 * MIB,
+                    times=1,
+                    first_age_s=3.0,
+                    last_age_s=3.0,
+                    detail="calm",
+                ),
+                DeedView(
+                    what="refused",
+                    size_bytes=0,
+                    times=2,
+                    first_age_s=2.0,
+                    last_age_s=1.0,
+                    detail="swap: it would",
+                ),
+            ),
+        )
+        for times in (12, 1)
+    ]
+    said = balloon("explain", "web1", "--run-dir", run_dir)
+    assert said.returncode == 0
+    assert said.stdout.splitlines() == [
+        "web1: 100MiB -> 80MiB by shares, 3.0 s ago, and 11 times since",
+        "  rule   by shares",
+        "  since  nothing moves",
+        "  term   demand           64MiB, since 65MiB",
+        "  term   room             -4MiB",
+        "  term   spare            -",
+        "  term   active fraction  0.25 fraction",
+        "  term   has a driver     yes",
+        "  done   asked 20MiB (calm), 3.0 s ago",
+        "  done   refused, 2 times (swap: it would), 1.0 s ago",
+    ]
+    agent.fault = PolicyFaultView(text="it raised ValueError: no", age_s=2.0, times=4)
+    both = balloon("explain", "web1", "--last", "2", "--run-dir", run_dir)
+    assert both.stdout.count("web1: ") == 2
+    assert both.stderr == "policy: it raised ValueError: no; the last plan stays\n"
+    parsed = json.loads(balloon("explain", "web1", "--json", "--run-dir", run_dir).stdout)
+    assert parsed[0]["terms"][2] == {"name": "spare", "value": None, "unit": "bytes"}
+    assert len(parsed) == 1
+    assert balloon("explain", "nobody", "--run-dir", run_dir).returncode == 2

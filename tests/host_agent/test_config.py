@@ -47,6 +47,10 @@ def test_everything_said() -> None:
             'reservation = "0"',
             "shares = 7",
             'startup = "32MiB"',
+            'maximum = "60MiB"',
+            "buffer_percent = 12.5",
+            'swap = "48MiB"',
+            "balloon_may_swap = true",
             'command = ["sleep", "1"]',
             'frames = "2MiB"',
             memory="67108864",
@@ -61,8 +65,16 @@ def test_everything_said() -> None:
         "reservation_bytes": 0,
         "shares": 7,
         "startup_bytes": 32 * MIB,
+        "maximum_bytes": 60 * MIB,
+        "buffer_percent": 12.5,
+        "swap_bytes": 48 * MIB,
+        "balloon_may_swap": True,
         "frames": "2MiB",
         "command": ("sleep", "1"),
+        "image": None,
+        "network": None,
+        "container": None,
+        "backend": "process",
     }
     assert config.vms[0].frame_order == 9
 
@@ -92,7 +104,9 @@ REFUSALS = [
     (HOST + "interval_s = 0", "[host]: interval_s: "),
     (HOST + "interval_s = nan", "[host]: interval_s: "),
     (HOST + 'run_dir = "here"', "[host]: run_dir: 'here' is not an absolute path"),
-    (HOST + 'cgroup_root = "../x"', "[host]: cgroup_root: '../x' is not the name of one directory"),
+    (HOST + 'cgroup_root = "a//b"', "[host]: cgroup_root: 'a//b' is not the path of a cgroup"),
+    (HOST + 'cgroup_root = "a/"', "[host]: cgroup_root: 'a/' is not the path of a cgroup"),
+    (HOST + 'cgroup_root = "../x"', "[host]: cgroup_root: '../x' is not the path of a cgroup"),
     (HOST + '[vm]\nname = "web1"', "vm: this must be a list"),
     ("vm = [3]\n" + HOST, "vm number 1: this must be a table"),
     (HOST + '[[vm]]\nmemory = "1GiB"', "vm number 1: 'name' is missing"),
@@ -108,6 +122,10 @@ REFUSALS = [
     ),
     (HOST + vm("assigned_bytes = 1"), "vm 'web1': unknown key 'assigned_bytes'"),
     (HOST + vm() + vm(), "vm 'web1' is there twice"),
+    (
+        HOST + vm('container = "db"') + vm('container = "db"', name="web2"),
+        "vm 'web2': the container 'db' is that of vm 'web1'",
+    ),
     (HOST + vm(name="Web_1"), "vm 'Web_1': name: 'Web_1' is not a name: lower-case"),
     (HOST + vm(name="-a"), "vm '-a': name: "),
     (HOST + vm(name="a" * 33), "is not a name"),
@@ -123,6 +141,23 @@ REFUSALS = [
     ),
     (HOST + vm('startup = "161MiB"'), "vm 'web1': the startup quota of 161MiB is not between"),
     (HOST + vm('startup = "39MiB"'), "vm 'web1': the startup quota of 39MiB is not between"),
+    (HOST + vm('maximum = "161MiB"'), "vm 'web1': the maximum of 161MiB is not between"),
+    (HOST + vm('maximum = "39MiB"'), "vm 'web1': the maximum of 39MiB is not between"),
+    (HOST + vm("buffer_percent = -1"), "vm 'web1': buffer_percent: "),
+    (HOST + vm("buffer_percent = nan"), "vm 'web1': buffer_percent: "),
+    (HOST + vm('swap = "-1MiB"'), "vm 'web1': swap: '-1MiB' is negative"),
+    (HOST + vm("swap = 64"), "swap: '64' is less than a page of 4KiB: did you mean 64MiB?"),
+    (HOST + vm('swap = "64TiB"'), "vm 'web1': swap: '64TiB' is more than 16TiB"),
+    (
+        HOST + vm('swap = "64GiB"'),
+        "vm 'web1': a swap of 64GiB is more than 8 times the assigned 160MiB",
+    ),
+    (HOST + vm("swap_bytes = 67108864"), "vm 'web1': unknown key 'swap_bytes'"),
+    (
+        HOST + vm("balloon_may_swap = true"),
+        "vm 'web1': its balloon may swap, but the VM has no swap: give it some",
+    ),
+    (HOST + vm('swap = "1MiB"', "balloon_may_swap = 1"), "vm 'web1': balloon_may_swap: "),
     (HOST + vm("shares = 0"), "vm 'web1': shares: "),
     (HOST + vm("shares = true"), "vm 'web1': shares: this must be a whole number"),
     (HOST + vm('shares = "1"'), "vm 'web1': shares: this must be a whole number"),
@@ -258,3 +293,51 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="not a text file in UTF-8"):
         load_config(tmp_path / "binary")
+
+
+def test_an_image_makes_a_vm_a_container() -> None:
+    table = parsed(HOST + vm('image = "redis:7"')).vms[0]
+    assert (table.image, table.backend, table.command) == ("redis:7", "docker", ())
+
+
+def test_somebody_elses_container() -> None:
+    table = parsed(HOST + vm('container = "db-1"')).vms[0]
+    assert (table.container, table.backend, table.command) == ("db-1", "attached", ())
+
+
+@pytest.mark.parametrize(
+    ("keys", "reason"),
+    [
+        (
+            ('container = "db"', 'image = "redis:7"', 'backend = "docker"'),
+            "the attached backend, and no other, has a container of another's",
+        ),
+        (
+            ('container = "db"', 'image = "redis:7"'),
+            "an image is for the docker backend, not for attached",
+        ),
+        (
+            ('container = "db"', 'command = ["sh"]'),
+            "whoever starts the container chooses its command",
+        ),
+        (
+            ('backend = "attached"',),
+            "the attached backend, and no other, has a container of another's",
+        ),
+        (('container = "-db"',), "container: '-db' is not a name: it is not one that a container"),
+        (('network = "lab"',), "a network is for a container of an image; others have none"),
+        (('image = "redis:7"', 'network = "a b"'), "network: 'a b' is not a name: "),
+        (('container = "db"', 'network = "lab"'), "a network is for a container of an image"),
+        (('backend = "docker"',), "the docker backend needs an image"),
+        (
+            ('backend = "process"', 'image = "redis:7"'),
+            "an image is for the docker backend, not for process",
+        ),
+        (('image = "-rm"',), "image: "),
+        (('backend = "podman"',), "backend: "),
+    ],
+)
+def test_backends_and_images_that_do_not_fit(keys: tuple[str, ...], reason: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        parsed(HOST + vm(*keys))
+    assert f"vm 'web1': {reason}" in refused.value.one_line()

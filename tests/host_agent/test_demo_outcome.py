@@ -6,10 +6,10 @@ import json
 import pytest
 from rich.console import Console
 
-from host_agent.demo.outcome import Act, Outcome, Stall, describe_moves
+from host_agent.demo.outcome import Act, Outcome, Stall, describe_moves, unfair
 from host_agent.demo.scenario import SCENARIOS
 from host_agent.demo.screen import live_table, print_summary
-from host_agent.facade.port import HostView, VmState, VmView
+from host_agent.facade.views import HostView, VmState, VmView
 from host_agent.moves import Move
 from protocol.units import MIB
 
@@ -87,28 +87,70 @@ def test_a_scenario_overcommits_and_keeps_its_promises(name: str) -> None:
     assert scenario.crowded.anon_bytes < scenario.reservation_bytes, "shortage would kill"
 
 
-def test_the_live_table_shows_everybody() -> None:
-    vm = VmView(
-        name="vm01",
+def running(name: str, shares: int, quota_mib: int, demand_mib: int | None = None) -> VmView:
+    return VmView(
+        name=name,
         state=VmState.RUNNING,
         backend="process",
         assigned_bytes=160 * MIB,
         reservation_bytes=0,
-        shares=1000,
-        quota_bytes=120 * MIB,
-        balloon_actual_bytes=40 * MIB,
-        balloon_target_bytes=40 * MIB,
+        shares=shares,
+        quota_bytes=quota_mib * MIB,
+        balloon_actual_bytes=(160 - quota_mib) * MIB,
+        balloon_target_bytes=(160 - quota_mib) * MIB,
         lent_bytes=0,
         overhead_bytes=0,
         oom_kills=0,
         connected=True,
+        demand_bytes=None if demand_mib is None else demand_mib * MIB,
     )
+
+
+@pytest.mark.parametrize(
+    ("demand_mib", "found"),
+    [
+        (150, ["vm02 (2000 shares) has 91 MiB, vm03 (1000) 115 MiB"]),
+        (92, []),  # it has what it needs
+        (None, []),  # nobody knows
+    ],
+)
+def test_who_has_less_for_more_shares_and_needs_more(
+    demand_mib: int | None, found: list[str]
+) -> None:
+    vms = [
+        running("vm02", 2000, 91, demand_mib),
+        running("vm01", 2000, 130, 150),
+        running("vm03", 1000, 115, 150),
+    ]
+    assert unfair(vms, 3 * MIB) == found
+
+
+def test_a_little_less_is_not_unfair() -> None:
+    some, none = running("vm02", 2000, 100, 150), running("vm01", 500, 80, 150)
+    assert unfair([none, some, running("vm03", 1000, 103, 150)], 3 * MIB) == []
+    assert unfair([none, some, running("vm03", 1000, 104, 150)], 3 * MIB) == [
+        "vm02 (2000 shares) has 100 MiB, vm03 (1000) 104 MiB"
+    ]
+
+
+def test_shares_that_told_nothing() -> None:
+    few = running("vm01", 1000, 100, 150)
+    assert unfair([running("vm02", 2000, 101, 150), few], 3 * MIB) == [
+        "vm02 has no more than vm01, for all its shares"
+    ]
+    assert unfair([running("vm02", 2000, 104, 150), few], 3 * MIB) == []
+    assert unfair([few, running("vm02", 2000, 101, 80)], 3 * MIB) == []
+
+
+def test_the_live_table_shows_everybody() -> None:
+    vm = running("vm01", 1000, 120)
     host = HostView(
         pool_bytes=100 * MIB,
         reserve_bytes=0,
         reserve_left_bytes=0,
         free_bytes=0,
         quotas_bytes=0,
+        overdrawn_bytes=0,
         assigned_bytes=0,
         overcommit_ratio=1.0,
         policy="shares",

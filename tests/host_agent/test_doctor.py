@@ -18,7 +18,9 @@ from facade_fixtures import NumbersAgent, served
 from host_agent import doctor
 from host_agent.doctor import CAP_IPC_LOCK, Check, Verdict
 from host_agent.quota.base import Part
+from host_agent.quota.cgroup2_backend import Cgroup2Backend
 from host_agent.quota.detect import detect
+from host_agent.quota.errors import QuotaUnavailable
 from protocol.units import MIB
 
 RUN = "from host_agent.cli import main; main()"
@@ -40,8 +42,11 @@ OK, WARN, FAIL = Verdict.OK, Verdict.WARN, Verdict.FAIL
         (doctor.judge_free_memory("MemAvailable: 4194304 kB\n"), OK),
         (doctor.judge_free_memory("MemAvailable: 100000 kB\n"), WARN),
         (doctor.judge_free_memory("MemFree: 100000 kB\n"), FAIL),
-        (doctor.judge_swap("SwapTotal: 0 kB\n"), OK),
-        (doctor.judge_swap("SwapTotal: 1048576 kB\n"), OK),
+        (doctor.judge_swap("SwapTotal: 0 kB\n", True), OK),
+        (doctor.judge_swap("SwapTotal: 0 kB\n", False), OK),
+        (doctor.judge_swap("SwapTotal: 1048576 kB\n", True), OK),
+        (doctor.judge_swap("SwapTotal: 1048576 kB\n", None), OK),
+        (doctor.judge_swap("SwapTotal: 1048576 kB\n", False), WARN),
     ],
     ids=lambda value: f"{value.name}: {value.found}" if isinstance(value, Check) else None,
 )
@@ -53,7 +58,11 @@ def test_judgements(check: Check, verdict: Verdict) -> None:
 
 
 def test_swap_says_how_much() -> None:
-    assert doctor.judge_swap("SwapTotal: 1048576 kB\n").found.startswith("1GiB")
+    assert doctor.judge_swap("SwapTotal: 1048576 kB\n", True).found.startswith("1GiB")
+    unaccounted = doctor.judge_swap("SwapTotal: 1048576 kB\n", False)
+    assert "not accounted" in unaccounted.found
+    assert unaccounted.what_to_do is not None
+    assert "swapaccount=1" in unaccounted.what_to_do
 
 
 def test_a_check_that_breaks_is_a_failed_check(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,6 +124,29 @@ def test_a_running_agent_is_seen(tmp_path: Path) -> None:
     with served(NumbersAgent(), tmp_path / "control.sock"):
         check = doctor.check_agent(tmp_path)
     assert (check.verdict, check.found) == (OK, f"one answers at {tmp_path}/control.sock")
+
+
+@pytest.mark.parametrize("systemd", [True, False])
+def test_the_memory_cgroup_is_said_with_its_place(
+    systemd: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    here = Cgroup2Backend(tmp_path / "a", delegated=False)
+    monkeypatch.setattr(doctor, "detect", lambda path: here)
+    monkeypatch.setattr(doctor, "SYSTEMD_RUNS", tmp_path if systemd else tmp_path / "none")
+    check = doctor.check_memory_cgroup()
+    advice = ", beside systemd's own; `systemd-run -p Delegate=yes balloon agent` has a part"
+    assert check.verdict is OK
+    assert check.found == f"version 2 at {tmp_path}" + (f"{advice} delegated" if systemd else "")
+    here.delegated = True
+    assert doctor.check_memory_cgroup().found == f"version 2 at {tmp_path}, delegated"
+
+    def nothing(path: str) -> Cgroup2Backend:
+        raise QuotaUnavailable("no memory controller: have it delegated")
+
+    monkeypatch.setattr(doctor, "detect", nothing)
+    check = doctor.check_memory_cgroup()
+    assert (check.verdict, check.found) == (FAIL, "none")
+    assert check.what_to_do == "no memory controller: have it delegated"
 
 
 @pytest.fixture

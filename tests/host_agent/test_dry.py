@@ -1,11 +1,9 @@
 """A guest that runs dry: loans that double, patience, and its own kernel's word at the end."""
 
-from collections.abc import Awaitable, Callable
-
 import pytest
 import trio
 import trio.testing
-from host_rig import Rig, open_rig
+from host_rig import Rig, Run
 
 from host_agent.dry import (
     CALM_AFTER_S,
@@ -24,29 +22,12 @@ from protocol.vocabulary import Urgency
 PATIENCE_S = 10.0
 STEP_BYTES = bytes_of(FIRST_STEP_PAGES)
 
-Body = Callable[[Rig, trio.Nursery], Awaitable[None]]
-Run = Callable[[Body], None]
-
 
 @pytest.fixture
 def clock() -> trio.testing.MockClock:
     clock = trio.testing.MockClock()
     clock.jump(100.0)
     return clock
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, clock: trio.testing.MockClock) -> Run:
-    """A body on a host of 256 MiB, 16 MiB of which are its reserve."""
-
-    def run(body: Body) -> None:
-        async def main() -> None:
-            async with open_rig(monkeypatch) as (rig, nursery):
-                await body(rig, nursery)
-
-        trio.run(main, clock=clock)
-
-    return run
 
 
 async def watched(rig: Rig, nursery: trio.Nursery, assigned_bytes: int, quota_bytes: int) -> Guest:

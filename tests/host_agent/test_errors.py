@@ -49,7 +49,7 @@ def test_kinds_differ() -> None:
         for value in vars(errors).values()
         if isinstance(value, type) and issubclass(value, AgentError)
     ]
-    assert len(kinds) == len(set(kinds)) == 13
+    assert len(kinds) == len(set(kinds)) == 14
 
 
 @pytest.mark.parametrize("problem", [{}, {"kind": "from the future", "error": "x"}, {"detail": 1}])

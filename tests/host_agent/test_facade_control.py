@@ -15,11 +15,13 @@ from host_agent.errors import (
     AgentNotRunning,
     BadRequest,
     MissingRight,
+    NoSuchReservation,
     NoSuchVm,
     NotEnoughMemory,
     VmExists,
 )
-from host_agent.facade.port import VmChange, VmState
+from host_agent.facade.port import VmChange
+from host_agent.facade.views import DecisionView, DeedView, PolicyFaultView, TermView, VmState
 from protocol.units import MIB
 
 
@@ -72,6 +74,80 @@ def test_a_vm_is_launched_seen_changed_and_stopped(
 def test_no_vitals_are_none_not_zeros(client: AgentClient) -> None:
     client.launch(spec("mute"))
     assert client.vitals("mute") is None
+
+
+def test_the_policy_is_seen_and_changed(client: AgentClient, agent: NumbersAgent) -> None:
+    assert client.policy() == agent.policy()
+    assert client.policy().settings == {"step": "2MiB"}
+    agent.fault = PolicyFaultView(text="it raised ValueError: no", age_s=1.5, times=3)
+    changed = client.use_policy("other")
+    assert (changed.name, changed.configured, changed.fault) == ("other", "shares", agent.fault)
+    assert client.host().policy_fault == agent.fault
+    with pytest.raises(BadRequest, match="unknown policy 'x'"):
+        client.use_policy("x")
+    with pytest.raises(BadRequest, match="name"):
+        client.use_policy("")
+
+
+def test_clients_reserve_hand_over_and_release(client: AgentClient, agent: NumbersAgent) -> None:
+    first = client.reserve("xapi", 64 * MIB)
+    second = client.reserve("xapi", 32 * MIB)
+    assert client.reservations() == agent.reservations() == [first, second]
+    kept = client.transfer(first.id, "web1").kept
+    assert kept is not None
+    assert (kept.vm, kept.size_bytes) == ("web1", 64 * MIB)
+    client.launch(spec("web1"))
+    given = client.transfer(first.id, "web1")
+    assert (given.given_bytes, given.kept) == (64 * MIB, None)
+    client.release(second.id)
+    with pytest.raises(NoSuchReservation, match=second.id):
+        client.release(second.id)
+    last = client.reserve("xapi", 4096)
+    assert client.login("xapi") == [last]
+    assert client.login("xapi") == []
+    with pytest.raises(NotEnoughMemory) as refused:
+        client.reserve("xapi", 4096 * MIB)
+    assert refused.value.refused_by == ("web1",)
+    for wrong in (lambda: client.reserve("No Name", 4096), lambda: client.reserve("xapi", 0)):
+        with pytest.raises(BadRequest):
+            wrong()
+    for wrong_name in (client.login, client.release):
+        with pytest.raises(BadRequest, match="is not a name"):
+            wrong_name("../vms")
+
+
+def test_decisions_cross_with_their_terms(client: AgentClient, agent: NumbersAgent) -> None:
+    terms = [
+        TermView(name=name, value=value, unit=unit)
+        for name, value, unit in (
+            ("demand", 5 * MIB, "bytes"),
+            ("active fraction", 0.25, "fraction"),
+            ("spare", None, "bytes"),
+            ("has a driver", True, ""),
+        )
+    ]
+    deed = DeedView(
+        what="refused", size_bytes=0, times=2, first_age_s=2.0, last_age_s=1.0, detail="swap"
+    )
+    agent.explained = [
+        DecisionView(
+            policy="shares",
+            first_age_s=3.0,
+            last_age_s=0.5,
+            times=12,
+            quota_bytes=9 * MIB,
+            target_quota_bytes=8 * MIB,
+            rule="by shares",
+            terms=tuple(terms),
+            last_rule="nothing moves",
+            last_terms=tuple(terms[:2]),
+            done=(deed,),
+        )
+    ]
+    client.launch(spec("web1"))
+    assert client.decisions("web1") == agent.explained
+    with pytest.raises(NoSuchVm):
+        client.decisions("nobody")
 
 
 def test_each_error_comes_back_as_itself(client: AgentClient, agent: NumbersAgent) -> None:
@@ -171,6 +247,12 @@ def test_openapi_names_every_route_and_no_other_host(raw: httpx.Client) -> None:
         "/v1/vms": {"get", "post"},
         "/v1/vms/{name}": {"get", "patch", "delete"},
         "/v1/vms/{name}/vitals": {"get"},
+        "/v1/vms/{name}/decisions": {"get"},
+        "/v1/policy": {"get", "put"},
+        "/v1/reservations": {"get", "post"},
+        "/v1/reservations/{reservation_id}/vm": {"put"},
+        "/v1/reservations/{reservation_id}": {"delete"},
+        "/v1/clients/{name}/login": {"post"},
     }
     assert "http" not in json.dumps(document).lower().replace("httpvalidationerror", "")
     assert raw.get("/docs").status_code == 404

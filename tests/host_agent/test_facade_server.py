@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 import trio
 from facade_fixtures import NumbersAgent, served, spec
+from pydantic import BaseModel
 
 from host_agent.client import AgentClient
 from host_agent.errors import AgentError, BadRequest, SocketInUse
 from host_agent.facade import server
+from host_agent.facade.port import ClientRequest
 from host_agent.facade.server import is_answered
+from protocol.units import MIB
 
 
 @pytest.fixture
@@ -109,7 +112,10 @@ def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
         pass
 
 
-def test_a_request_in_progress_ends_before_the_server(path: Path) -> None:
+def test_a_request_in_progress_ends_before_the_server(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "GRACE_S", 60.0)
     agent = NumbersAgent()
     agent.hold = trio.Event()
     seen: list[object] = []
@@ -158,19 +164,29 @@ def test_a_request_that_never_ends_does_not_keep_the_server(
     assert "went away" in str(refused[0]) or "HTTP status" in str(refused[0])
 
 
-def test_a_launch_ends_with_the_client_that_asked_for_it(path: Path) -> None:
+@pytest.mark.parametrize(
+    ("route", "wanted"),
+    [
+        ("vms", spec("unwanted")),
+        ("reservations", ClientRequest(client="xapi", size_bytes=64 * MIB)),
+    ],
+)
+def test_what_takes_long_ends_with_the_client_that_asked_for_it(
+    path: Path, caplog: pytest.LogCaptureFixture, route: str, wanted: BaseModel
+) -> None:
     agent = NumbersAgent()
     agent.hold = trio.Event()
-    body = spec("unwanted").model_dump_json().encode()
-    head = b"POST /v1/vms HTTP/1.1\r\nHost: agent\r\nContent-Type: application/json\r\n"
+    body = wanted.model_dump_json().encode()
+    head = f"POST /v1/{route} HTTP/1.1\r\nHost: agent\r\nContent-Type: application/json\r\n"
     with served(agent, path) as loop:
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(str(path))
-            client.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            client.sendall(head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body)
             assert agent.held.wait(20)
             assert not agent.cancelled.wait(0.2)
         assert agent.cancelled.wait(20)
         loop.soon(agent.hold.set)
         with AgentClient(path) as other:
-            assert other.vms() == []
+            assert (other.vms(), other.reservations()) == ([], [])
             assert other.launch(spec("wanted")).name == "wanted"
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []

@@ -5,8 +5,15 @@ import pytest
 from host_agent.errors import BadRequest, NotEnoughMemory
 from host_agent.facade.port import VmChange, VmSpec
 from host_agent.guest import Guest
+from host_agent.ledger.client_reservations import ClientReservations
 from host_agent.ledger.ledger import Ledger
-from host_agent.promises import check_promise, pinned_pages
+from host_agent.promises import (
+    changed_range,
+    check_client,
+    check_promise,
+    excess_pages,
+    pinned_pages,
+)
 from protocol.units import MIB, bytes_of, pages_of
 
 POOL, RESERVE = 320 * MIB, 20 * MIB
@@ -87,3 +94,66 @@ def test_what_asks_for_no_quota_leaves_the_pin() -> None:
     assert host.pin("p", reservation_bytes=10) == pages_of(40 * MIB)
     change = VmChange(automatic=True)
     assert pinned_pages(host.ledger, host.guests, host.guests["p"], change) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"reservation_bytes": 301}, "g: the reservation exceeds the assigned size"),
+        ({"maximum_bytes": 301}, "g: the maximum exceeds the assigned size"),
+        ({"maximum_bytes": 90}, "g: the reservation exceeds the maximum"),
+        ({"maximum_bytes": 100, "reservation_bytes": 120}, "g: the reservation exceeds"),
+    ],
+)
+def test_a_range_that_cannot_be_is_refused(change: dict[str, int], message: str) -> None:
+    with pytest.raises(BadRequest, match=message):
+        ranged(**change)
+
+
+def test_a_range_in_order_is_taken() -> None:
+    ranged(reservation_bytes=150, maximum_bytes=150)
+    ranged(reservation_bytes=10)
+
+
+def test_what_a_change_makes_of_a_range() -> None:
+    assert ranged(maximum_bytes=250) == ((100 * MIB, 100 * MIB), (200 * MIB, 250 * MIB))
+    assert ranged(reservation_bytes=90) == ((100 * MIB, 90 * MIB), (200 * MIB, 200 * MIB))
+    none = changed_range(guest_of_300_mib(), 100 * MIB, VmChange(shares=5))
+    assert none.is_none
+
+
+def test_what_was_handed_over_to_a_launch_is_not_promised_twice() -> None:
+    host = Host(late=(50, None), p=(100, None))
+    clients = ClientReservations().reserve("xapi", "1", pages_of(80 * MIB)).transfer("1", "late")
+    # Of 300: 100 of p, and 80 of the launch, whose reservation is a part of them.
+    assert excess_pages(host.ledger, host.guests, clients) == pages_of(-120 * MIB)
+    check_client(host.ledger, host.guests, pages_of(120 * MIB), clients)
+    with pytest.raises(NotEnoughMemory, match="exceeded by 1MiB"):
+        check_client(host.ledger, host.guests, pages_of(121 * MIB), clients)
+    check_promise(host.ledger, host.guests, "q", 120 * MIB, clients=clients)
+    with pytest.raises(NotEnoughMemory, match="30MiB reserved by clients"):
+        check_promise(host.ledger, host.guests, "q", 121 * MIB, clients=clients)
+    # What is its own is in its own way neither before nor after its launch.
+    for name in ("late", "r"):
+        own = clients.transfer("1", name)
+        room_mib = 200 if name == "late" else 150
+        check_promise(host.ledger, host.guests, name, room_mib * MIB, clients=own)
+    host.ledger.set_reservation("late", pages_of(90 * MIB))
+    assert excess_pages(host.ledger, host.guests, clients) == pages_of(-110 * MIB)
+
+
+def ranged(**change: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """A change to a guest of 300 MiB that has a range of 100 to 200 MiB. Sizes in MiB."""
+    wanted = VmChange(**{key: size * MIB for key, size in change.items()})  # type: ignore[arg-type]
+    changed = changed_range(guest_of_300_mib(), 100 * MIB, wanted)
+    return changed.reservation_bytes, changed.maximum_bytes
+
+
+def guest_of_300_mib() -> Guest:
+    spec = VmSpec(
+        name="g",
+        assigned_bytes=300 * MIB,
+        reservation_bytes=100 * MIB,
+        maximum_bytes=200 * MIB,
+    )
+    return Guest(spec)

@@ -37,6 +37,29 @@ def test_there_is_none_at_first(tmp_path: Path) -> None:
     assert load_state(tmp_path / "not there") == AgentState()
 
 
+def test_a_file_from_before_there_was_swap_is_read(tmp_path: Path) -> None:
+    old = json.loads(ONE.model_dump_json())
+    for key in ("swap_bytes", "balloon_may_swap", "maximum_bytes", "buffer_percent"):
+        del old["guests"][0][key]
+    (tmp_path / STATE_FILE).write_text(json.dumps(old))
+    (guest,) = load_state(tmp_path).guests
+    assert (guest.spec.swap_bytes, guest.spec.balloon_may_swap) == (0, False)
+
+
+def test_swap_lasts(tmp_path: Path) -> None:
+    swapping = GUEST.model_copy(update={"swap_bytes": 1 << 26, "balloon_may_swap": True})
+    save_state(tmp_path, AgentState(guests=(swapping,)))
+    (guest,) = load_state(tmp_path).guests
+    assert (guest.spec.swap_bytes, guest.spec.balloon_may_swap) == (1 << 26, True)
+
+
+def test_what_a_policy_is_told_of_it_lasts(tmp_path: Path) -> None:
+    told = GUEST.model_copy(update={"maximum_bytes": GUEST.assigned_bytes, "buffer_percent": 5.0})
+    save_state(tmp_path, AgentState(guests=(told,)))
+    (guest,) = load_state(tmp_path).guests
+    assert (guest.spec.maximum_bytes, guest.spec.buffer_percent) == (GUEST.assigned_bytes, 5.0)
+
+
 def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     directory = tmp_path / "a" / "b"
     save_state(directory, ONE)

@@ -2,10 +2,11 @@
 
 import pytest
 
-from host_agent.balance import DRY_MEMORY_S, UNCOOPERATIVE_AFTER
-from host_agent.facade.port import VmSpec, VmState
+from host_agent.facade.port import VmSpec
+from host_agent.facade.views import VmState
 from host_agent.guest import BASE_OVERHEAD_BYTES, Guest, Phase
 from host_agent.ledger.ledger import Ledger
+from host_agent.observing import DRY_MEMORY_S, UNCOOPERATIVE_AFTER
 from host_agent.views import vitals_view, vm_view
 from protocol.messages import Vitals
 from protocol.units import MIB, pages_of
@@ -34,7 +35,7 @@ def test_sizes_come_from_the_books(guest: Guest, ledger: Ledger) -> None:
     guest.pinned_pages = pages_of(24 * MIB)
     guest.last_reason = "floor: some stay"
     guest.oom_kills = 3
-    view = vm_view(guest, ledger.view("one"), "process", NOW_S)
+    view = vm_view(guest, ledger.view("one"), NOW_S)
     assert (view.name, view.backend, view.state) == ("one", "process", "running")
     assert (view.assigned_bytes, view.reservation_bytes, view.shares) == (64 * MIB, 8 * MIB, 500)
     assert (view.quota_bytes, view.lent_bytes) == (40 * MIB, 8 * MIB)
@@ -45,7 +46,7 @@ def test_sizes_come_from_the_books(guest: Guest, ledger: Ledger) -> None:
 
 
 def test_what_is_unknown_is_absent(guest: Guest, ledger: Ledger) -> None:
-    view = vm_view(guest, ledger.view("one"), "process", NOW_S)
+    view = vm_view(guest, ledger.view("one"), NOW_S)
     assert (view.usage_bytes, view.working_set_bytes, view.demand_bytes) == (None, None, None)
     assert view.last_reason is None
     assert not view.pinned
@@ -63,7 +64,7 @@ def test_vitals_are_shown_with_their_age(guest: Guest, ledger: Ledger) -> None:
     assert shown is not None
     assert shown.age_s == 0.25
     assert (shown.usage_bytes, shown.pressure_some_avg10, shown.swap_used_bytes) == (7, 1.5, None)
-    view = vm_view(guest, ledger.view("one"), "process", NOW_S)
+    view = vm_view(guest, ledger.view("one"), NOW_S)
     assert (view.usage_bytes, view.working_set_bytes, view.demand_bytes) == (7, 6, 0)
 
 
@@ -95,7 +96,7 @@ def test_the_state_is_one_word(
 ) -> None:
     for name, value in changes.items():
         setattr(guest, name, value)
-    assert vm_view(guest, ledger.view("one"), "process", NOW_S).state == state
+    assert vm_view(guest, ledger.view("one"), NOW_S).state == state
 
 
 def test_every_state_occurs() -> None:

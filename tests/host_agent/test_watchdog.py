@@ -2,22 +2,25 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
 import trio
 
-from host_agent import watchdog_client
+from host_agent import watchdog, watchdog_client
 from host_agent.quota.base import QuotaBackend, VmQuota
 from host_agent.quota.cgroup_tree import kill_below, remove_tree, subtree
 from host_agent.quota.detect import detect
 from host_agent.quota.errors import QuotaUnavailable
+from host_agent.sole_owner import sole_owner
 from host_agent.watchdog_client import WATCHDOG_FILE, Watchdog, WatchdogLost
 from protocol.units import MIB
 
@@ -45,11 +48,38 @@ while True:
 """
 
 
-def wait_for(predicate: Callable[[], bool], what: str) -> None:
+def wait_for(predicate: Callable[[], object], what: str) -> None:
     end_s = time.monotonic() + DEADLINE_S
     while not predicate():
         assert time.monotonic() < end_s, f"not within {DEADLINE_S} s: {what}"
         time.sleep(0.01)
+
+
+class Signs:
+    """Of life that this process gives, and the longest time that anybody may have missed them."""
+
+    def __init__(self) -> None:
+        self.longest_gap_s = 0.0
+        self._before_s = time.monotonic()
+
+    @contextlib.contextmanager
+    def one(self) -> Iterator[None]:
+        """Around one sign: the gap ends when it has been given."""
+        before_s = time.monotonic()
+        yield
+        self.longest_gap_s = max(self.longest_gap_s, time.monotonic() - self._before_s)
+        self._before_s = before_s
+
+
+def is_left_alone(attempt: Callable[[], tuple[bool, Signs]], grace_s: float) -> None:
+    """Nothing is done to an agent that is never late; where this one was late, it tries again."""
+
+    def was_on_time() -> bool:
+        left_alone, signs = attempt()
+        assert left_alone or signs.longest_gap_s >= grace_s
+        return signs.longest_gap_s < grace_s
+
+    wait_for(was_on_time, "an attempt without a stall of this machine")
 
 
 def is_alive(pid: int) -> bool:
@@ -93,11 +123,15 @@ class House:
     def agent(self, *options: str) -> subprocess.Popen[str]:
         """A beating agent with its watchdog."""
         agent = self.spawn(sys.executable, "-c", AGENT, *self.command(*options), pipe=True)
+        self.take_in_watchdog(agent)
+        return agent
+
+    def take_in_watchdog(self, agent: "subprocess.Popen[str]") -> None:
+        """Wait until the watchdog of an agent watches; it ends with the house."""
         assert agent.stdout is not None
         said = {agent.stdout.readline().strip(), agent.stdout.readline().strip()}
         assert "ready" in said
         self.watchdogs.append(int((said - {"ready"}).pop()))
-        return agent
 
     def watchdog_is_gone(self) -> bool:
         return not any(is_alive(pid) for pid in self.watchdogs)
@@ -169,14 +203,66 @@ def test_a_killed_agent_leaves_nobody_hung(house: House) -> None:
 
 
 @pytest.mark.effects
+def test_the_next_agent_finds_a_hung_guest_alive(house: House) -> None:
+    guest = house.hang()
+    agent = house.agent("--grace-s", "30")
+    agent.kill()
+    agent.wait()
+    with sole_owner(house.backend.root, house.backend.prepare):
+        wait_for(house.watchdog_is_gone, "the watchdog leaves all to the next agent")
+        assert house.is_armed()
+        assert guest.poll() is None
+
+
+FAILING_AGENT = """
+import fcntl, os, signal, subprocess, sys
+lock = os.open(sys.argv[1], os.O_RDONLY)
+fcntl.flock(lock, fcntl.LOCK_EX)
+dog = subprocess.Popen(sys.argv[2:], stdin=subprocess.PIPE, start_new_session=True)
+print(dog.pid, flush=True)
+dog.stdin.close()
+signal.pause()
+"""
+
+
+@pytest.mark.effects
+def test_the_lock_of_an_agent_that_fails_is_not_the_next_ones(house: House) -> None:
+    """It ends its control API in order before it lets go of the root: that takes seconds."""
+    guest = house.hang()
+    root = str(house.backend.root)
+    agent = house.spawn(
+        *(sys.executable, "-c", FAILING_AGENT, root),
+        *house.command("--grace-s", "4"),
+        pipe=True,
+    )
+    house.take_in_watchdog(agent)
+    wait_for(lambda: guest.poll() is not None, "the guest's kernel has decided")
+    assert agent.poll() is None
+
+
+@pytest.mark.effects
+def test_agents_that_fail_at_their_start_leave_nobody_hung(house: House) -> None:
+    """Each of them holds the root for a moment, and starts no watchdog."""
+    guest = house.hang()
+    agent = house.agent("--grace-s", "1")
+    agent.kill()
+    agent.wait()
+    end_s = time.monotonic() + DEADLINE_S
+    while guest.poll() is None:
+        assert time.monotonic() < end_s
+        with sole_owner(house.backend.root, house.backend.prepare):
+            time.sleep(0.1)
+        time.sleep(0.1)
+    assert house.quota.oom_kills_total == 1
+
+
+@pytest.mark.effects
 def test_a_killed_agent_is_noticed_though_a_child_holds_the_pipe(house: House) -> None:
     house.hang()
     code = "import os\nif os.fork() == 0:\n    import signal; signal.pause()\n"
     code = AGENT.replace("while True:", code + "while True:", 1)
     agent = house.spawn(sys.executable, "-c", code, *house.command(), pipe=True)
-    assert agent.stdout is not None
-    said = {agent.stdout.readline().strip(), agent.stdout.readline().strip()}
-    house.watchdogs.append(int((said - {"ready"}).pop()))
+    house.take_in_watchdog(agent)
     children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children")
     wait_for(lambda: len(children.read_text().split()) == 2, "the child that holds the pipe")
     holder = next(
@@ -206,13 +292,63 @@ def test_a_stopped_agent_leaves_nobody_hung_and_is_still_watched(house: House) -
     wait_for(lambda: guest.poll() is not None, "the guest's kernel has decided")
 
 
+@pytest.mark.parametrize("memsw_mib", [100, 80])
+def test_what_a_killed_agent_left_of_swap_is_put_right(house: House, memsw_mib: int) -> None:
+    """It died while it made room: the workload must not swap, and memsw was about to be lowered."""
+    workload = house.quota.directory / "workload"
+    nested = workload / "container"
+    nested.mkdir()
+    first = house.backend.cgroup_version == 1
+    swap = house.backend.create("vm2", 32 * MIB, 16 * MIB, 64 * MIB)
+    try:
+        (swap.directory / "workload" / "container").mkdir()
+        agent = house.agent()
+        if first:
+            for part in ("workload", "workload/container"):
+                (swap.directory / part / "memory.swappiness").write_text("0")
+            if (workload / "memory.memsw.limit_in_bytes").exists():
+                for guest, mib in ((swap, memsw_mib), (house.quota, 40)):
+                    memsw = guest.directory / "workload" / "memory.memsw.limit_in_bytes"
+                    memsw.write_text(str(mib * MIB))
+        elif (workload / "memory.swap.max").exists():
+            (swap.directory / "workload" / "memory.swap.max").write_text("4096")
+        agent.kill()
+        wait_for(house.watchdog_is_gone, "the watchdog has ended")
+        readings = [swap.read_swap(), house.quota.read_swap()]
+        limits = [reading.limit_bytes for reading in readings if reading is not None]
+        assert limits in ([64 * MIB, 0], [])
+        if first:
+            usual = (house.backend.root / "memory.swappiness").read_text()
+            for part in ("", "workload", "workload/container"):
+                assert (swap.directory / part / "memory.swappiness").read_text() == usual
+                assert (house.quota.directory / part / "memory.swappiness").read_text() == "0\n"
+    finally:
+        (swap.directory / "workload" / "container").rmdir()
+        nested.rmdir()
+        swap.remove()
+
+
 @pytest.mark.effects
 def test_a_beating_agent_is_left_alone(house: House) -> None:
-    guest = house.hang()
-    house.agent()
-    time.sleep(3 * float(GRACE_S))
-    assert house.is_armed()
-    assert guest.poll() is None
+    def attempt() -> tuple[bool, Signs]:
+        guest = house.hang()
+        signs = Signs()
+        dog = house.spawn(*house.command(), pipe=True)
+        assert dog.stdin is not None
+        end_s = time.monotonic() + 3 * float(GRACE_S)
+        while time.monotonic() < end_s:
+            with signs.one():
+                dog.stdin.write("\n")
+                dog.stdin.flush()
+            time.sleep(0.05)
+        with signs.one():
+            left_alone = house.is_armed() and guest.poll() is None
+        assert dog.communicate("bye\n", timeout=DEADLINE_S)[0].startswith("ready\n")
+        guest.kill()
+        guest.wait(DEADLINE_S)
+        return left_alone, signs
+
+    is_left_alone(attempt, float(GRACE_S))
 
 
 @pytest.mark.effects
@@ -314,6 +450,22 @@ def test_paths_that_nobody_can_mean_are_left_alone(tmp_path: Path, path: str) ->
     assert "left behind" in done.stderr
 
 
+def test_a_path_that_goes_while_it_is_removed_is_not_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An agent that was interrupted clears up as well."""
+    rmtree, path = shutil.rmtree, tmp_path / "run"
+    (path / "guests").mkdir(parents=True)
+
+    def after_the_agent(real: str, **options: Any) -> None:
+        rmtree(real)
+        rmtree(real, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", after_the_agent)
+    assert watchdog.remove_path(str(path)) is None
+    assert not path.exists()
+
+
 @pytest.mark.effects
 def test_a_path_with_a_mount_in_it_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "run" / "mounted").mkdir(parents=True)
@@ -365,27 +517,90 @@ def test_high_is_released_where_the_cgroups_are_version_2(tmp_path: Path) -> Non
     workload = tmp_path / "vm1" / "workload"
     workload.mkdir(parents=True)
     (workload / "memory.high").write_text("100")
-    assert run_watchdog("--root", str(tmp_path)).returncode == 0
+    assert run_watchdog("--root", str(tmp_path), "--grace-s", "0.1").returncode == 0
     assert (workload / "memory.high").read_text() == "max"
+
+
+def test_who_runs_dry_while_no_agent_is_there_is_frozen_with_version_2(tmp_path: Path) -> None:
+    """And nobody else: not who has room, nor who streams through its cache."""
+    stats = {"dry": "inactive_file 1000000\n", "reader": f"active_file {60 * MIB}\n", "roomy": ""}
+    for name, stat in stats.items():
+        workload = tmp_path / name / "workload"
+        workload.mkdir(parents=True)
+        (workload / "memory.high").write_text(f"{96 * MIB}\n")
+        (workload / "memory.max").write_text(f"{100 * MIB}\n")
+        (workload / "memory.current").write_text(f"{(97 if name == 'roomy' else 99) * MIB}\n")
+        (workload / "memory.stat").write_text(f"anon 1\n{stat}")
+        (workload / "cgroup.freeze").write_text("0")
+
+    def frozen() -> list[str]:
+        names = sorted(stats)
+        return [n for n in names if (tmp_path / n / "workload/cgroup.freeze").read_text() == "1"]
+
+    command = (sys.executable, "-I", "-S", str(WATCHDOG_FILE), "--root", str(tmp_path))
+    with subprocess.Popen((*command, "--grace-s", "1000"), stdin=subprocess.DEVNULL) as dog:
+        try:
+            wait_for(frozen, "it to be frozen")
+            assert frozen() == ["dry"]
+        finally:
+            dog.kill()
+    assert run_watchdog("--root", str(tmp_path), "--grace-s", "0.1").returncode == 0
+    assert frozen() == []
+
+
+def test_a_guest_elsewhere_is_found_by_its_link(tmp_path: Path) -> None:
+    """And one below the root has a link as well, where its container is somebody else's."""
+    root, links, elsewhere = tmp_path / "root", tmp_path / "links", tmp_path / "x.scope" / "web1"
+    links.mkdir()
+    for place in (root / "db1", elsewhere):
+        (place / "workload").mkdir(parents=True)
+        (place / "workload" / "memory.high").write_text("100")
+        (place / "workload" / "cgroup.freeze").write_text("1")
+        (links / place.name).symlink_to(place)
+    (links / "gone").symlink_to(tmp_path / "gone")
+    options = ("--root", str(root), "--links", str(links), "--grace-s", "0.1")
+    assert run_watchdog(*options).returncode == 0
+    for place in (root / "db1", elsewhere):
+        assert (place / "workload" / "memory.high").read_text() == "max"
+        assert (place / "workload" / "cgroup.freeze").read_text() == "0"
+    assert not (tmp_path / "gone").exists()
 
 
 # The agent's side
 
 
+class SignedWatchdog(Watchdog):
+    """A client that beats often, and whose beats are signs."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root, grace_s=float(GRACE_S), beat_interval_s=0.05)
+        self.signs = Signs()
+
+    async def _beat(self, pipe: trio.abc.SendStream) -> None:
+        send_all = pipe.send_all
+
+        async def signed(data: bytes) -> None:
+            with self.signs.one():
+                await send_all(data)
+
+        pipe.send_all = signed  # type: ignore[method-assign, assignment]
+        await super()._beat(pipe)
+
+
 @pytest.mark.effects
 def test_the_client_beats_and_says_goodbye(house: House) -> None:
-    house.quota.arm_dry_events()
-
-    async def main() -> int:
-        async with Watchdog(house.backend.root, grace_s=0.3, beat_interval_s=0.05) as dog:
+    async def main() -> tuple[bool, Signs]:
+        house.quota.arm_dry_events()
+        async with SignedWatchdog(house.backend.root) as dog:
             assert dog.pid is not None
-            await trio.sleep(1)
-            assert house.is_armed()
+            await trio.sleep(3 * float(GRACE_S))
             assert os.getsid(dog.pid) == dog.pid
-        return dog.pid
+        with dog.signs.one():
+            left_alone = house.is_armed()
+        assert not is_alive(dog.pid)
+        return left_alone, dog.signs
 
-    assert not is_alive(trio.run(main))
-    assert house.is_armed()
+    is_left_alone(lambda: trio.run(main), float(GRACE_S))
 
 
 @pytest.mark.effects
@@ -396,20 +611,19 @@ def test_the_client_is_told_when_guests_were_released(house: House) -> None:
         armed = trio.Event()
 
         def rearm() -> None:
-            assert not house.is_armed()
             house.quota.rearm()
             armed.set()
 
         dog = Watchdog(house.backend.root, grace_s=0.2, beat_interval_s=0.05, on_released=rearm)
         async with trio.open_nursery() as nursery:
             await nursery.start(dog.run)
-            time.sleep(0.6)  # noqa: ASYNC251  (the stall is the subject)
+            # The event loop stands still until somebody else has released them.
+            wait_for(lambda: not house.is_armed(), "all guests are released")
             with trio.fail_after(DEADLINE_S):
                 await armed.wait()
             dog.dismiss()
 
     trio.run(main)
-    assert house.is_armed()
 
 
 class AgentFault(Exception):
@@ -421,12 +635,12 @@ def test_an_agent_that_fails_says_no_goodbye(house: House) -> None:
     house.quota.arm_dry_events()
 
     async def main() -> None:
-        async with Watchdog(house.backend.root):
+        async with Watchdog(house.backend.root, grace_s=float(GRACE_S)):
             raise AgentFault
 
     with pytest.raises(AgentFault):
         trio.run(main)
-    assert not house.is_armed()
+    wait_for(lambda: not house.is_armed(), "the kernel decides")
 
 
 @pytest.mark.effects
@@ -435,12 +649,12 @@ def test_an_agent_that_is_cancelled_says_no_goodbye(house: House) -> None:
 
     async def main() -> None:
         with trio.CancelScope() as scope:
-            async with Watchdog(house.backend.root):
+            async with Watchdog(house.backend.root, grace_s=float(GRACE_S)):
                 scope.cancel()
                 await trio.sleep_forever()
 
     trio.run(main)
-    assert not house.is_armed()
+    wait_for(lambda: not house.is_armed(), "the kernel decides")
 
 
 @pytest.mark.effects
@@ -485,7 +699,7 @@ def test_the_one_that_was_started_again_watches(house: House) -> None:
     house.quota.arm_dry_events()
 
     async def main() -> None:
-        async with Watchdog(house.backend.root) as dog:
+        async with Watchdog(house.backend.root, grace_s=float(GRACE_S)) as dog:
             first = dog.pid
             assert first is not None
             os.kill(first, signal.SIGKILL)
@@ -496,7 +710,7 @@ def test_the_one_that_was_started_again_watches(house: House) -> None:
 
     with pytest.raises(AgentFault):
         trio.run(main)
-    assert not house.is_armed()
+    wait_for(lambda: not house.is_armed(), "the kernel decides")
 
 
 def test_one_that_can_not_be_started_again_is_given_up(
@@ -533,20 +747,24 @@ def test_a_watchdog_that_cannot_start_is_said() -> None:
 @pytest.mark.effects
 def test_a_block_that_is_cancelled_is_watched_to_its_end(house: House) -> None:
     """Ending guests in order takes longer than the grace; nobody is to interfere meanwhile."""
-    house.quota.arm_dry_events()
-    held: list[bool] = []
 
-    async def main() -> None:
+    async def main() -> tuple[bool, Signs]:
+        house.quota.arm_dry_events()
+        left_alone = False
         with trio.CancelScope() as scope:
-            async with Watchdog(house.backend.root, grace_s=0.3, beat_interval_s=0.05):
+            async with SignedWatchdog(house.backend.root) as dog:
+                assert dog.pid is not None
+                house.watchdogs.append(dog.pid)
                 try:
                     scope.cancel()
                     await trio.sleep_forever()
                 finally:
                     with trio.CancelScope(shield=True):
-                        await trio.sleep(1.0)
-                        held.append(house.is_armed())
+                        await trio.sleep(3 * float(GRACE_S))
+                        with dog.signs.one():
+                            left_alone = house.is_armed()
+        wait_for(house.watchdog_is_gone, "it has taken the agent for dead when that was gone")
+        assert not house.is_armed()
+        return left_alone, dog.signs
 
-    trio.run(main)
-    assert held == [True], "it took the agent for dead"
-    assert not house.is_armed()
+    is_left_alone(lambda: trio.run(main), float(GRACE_S))

@@ -130,17 +130,21 @@ class Rig:
 
     # What the kernel says
 
+    def place(self, name: str) -> Path:
+        """A VM's cgroup."""
+        return self.cgroup / name
+
     def limit(self, name: str, part: str = ".") -> int:
         file = "memory.limit_in_bytes" if self.version == 1 else "memory.max"
-        return int((self.cgroup / name / part / file).read_text())
+        return int((self.place(name) / part / file).read_text())
 
     def usage(self, name: str, part: str) -> int:
         file = "memory.usage_in_bytes" if self.version == 1 else "memory.current"
-        return int((self.cgroup / name / part / file).read_text())
+        return int((self.place(name) / part / file).read_text())
 
     def is_armed(self, name: str) -> bool:
         """A workload that runs dry is held, not killed in."""
-        workload = self.cgroup / name / "workload"
+        workload = self.place(name) / "workload"
         if self.version == 1:
             return "oom_kill_disable 1" in (workload / "memory.oom_control").read_text()
         return (workload / "memory.high").read_text() != "max\n"
@@ -150,9 +154,7 @@ class Rig:
         return self.limit(name) - overhead_of(assigned_mib * MIB)
 
     def pids(self, name: str, part: str) -> list[int]:
-        return [
-            int(pid) for pid in (self.cgroup / name / part / "cgroup.procs").read_text().split()
-        ]
+        return [int(pid) for pid in (self.place(name) / part / "cgroup.procs").read_text().split()]
 
     def pid_of(self, name: str, program: str) -> int:
         """Host pid of the driver or the pseudo-process ("balloon") of a VM."""
@@ -201,7 +203,8 @@ class Rig:
             workload = self.limit(name, "workload")
             if workload != bytes_of(view.workload_pages):
                 found.append(f"{name}: W {workload / MIB} MiB, ledger {view.workload_pages / 256}")
-        if total + bytes_of(ledger.reserve_left_pages) > bytes_of(ledger.pool_pages):
+        pool_pages = ledger.pool_pages + ledger.overdrawn_pages
+        if total + bytes_of(ledger.reserve_left_pages) > bytes_of(pool_pages):
             found.append(f"the limits come to {total / MIB} MiB and exceed the pool")
         return found
 

@@ -5,20 +5,33 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 
 import pytest
 import trio
-from scenario_rig import Rig, appetite, spec, touched, until, until_blocking, workload
+from scenario_rig import (
+    PATIENCE_S,
+    SLOWNESS,
+    Rig,
+    appetite,
+    spec,
+    touched,
+    until,
+    until_blocking,
+    workload,
+)
 
 from host_agent.blocking import DeadlinePassed
 from host_agent.client import AgentClient
 from host_agent.errors import ConfigError
-from host_agent.facade.port import VmChange, VmView
+from host_agent.facade.port import VmChange
+from host_agent.facade.views import VmView
 from host_agent.quota.base import QuotaBackend, VmQuota
 from host_agent.quota.detect import detect
 from host_agent.quota.errors import StillBusy, VmGone
+from host_agent.workload_client import WorkloadClient
 from protocol.units import MIB
 
 pytestmark = pytest.mark.effects
@@ -50,15 +63,20 @@ def is_released(rig: Rig, name: str) -> bool:
     return not rig.is_armed(name)
 
 
+def until_held(rig: Rig, name: str) -> None:
+    """An agent that was late is told that its guests were released, and arms them again."""
+    until_blocking(lambda: rig.is_armed(name), f"{name} to be held when it runs dry")
+
+
 def test_killed_and_its_vms_are_adopted(rig: Rig) -> None:
-    rig.agent_process()
+    rig.agent_process(dry_patience_s=0.1)
     with rig.client() as client:
         client.launch(spec("a", 128, reservation_bytes=40 * MIB, shares=2000))
         client.launch(spec("b", 128, frames="2MiB"))
         set_balloon(client, "a", 40)
         set_balloon(client, "b", 20)
         before = client.vms()
-        assert not is_released(rig, "a")
+        until_held(rig, "a")
     pids = rig.processes()
     kill(rig)
     until_blocking(lambda: is_released(rig, "a") and is_released(rig, "b"), "the watchdog")
@@ -76,7 +94,7 @@ def test_killed_and_its_vms_are_adopted(rig: Rig) -> None:
                 assert getattr(new, field) == getattr(old, field), field
             assert new.balloon_actual_bytes == old.balloon_actual_bytes
             assert new.pinned
-        assert not is_released(rig, "a")
+        until_held(rig, "a")
         set_balloon(client, "a", 50)
         set_balloon(client, "b", 0)
         assert rig.quota("a", 128) == rig.limit("a", "workload") == 78 * MIB
@@ -86,10 +104,39 @@ def test_killed_and_its_vms_are_adopted(rig: Rig) -> None:
     end_in_order(rig)
 
 
+HOG = """
+import os, time
+while not os.path.exists("/var/tmp/go"):
+    time.sleep(0.01)
+kept = b"x" * (110 << 20)
+open("/var/tmp/fed", "w").close()
+time.sleep(1000)
+"""
+
+
+def test_a_guest_that_runs_dry_without_an_agent_waits_for_the_next_one(rig: Rig) -> None:
+    rig.agent_process(dry_patience_s=60.0 * SLOWNESS)
+    disk = rig.state_dir / "disks" / "a"
+    with rig.client() as client:
+        client.launch(spec("a", 128, command=(sys.executable, "-c", HOG)))
+        set_balloon(client, "a", 40)
+    kill(rig)
+    (disk / "go").touch()
+    until_blocking(lambda: rig.usage("a", "workload") > 85 * MIB, "it to run dry")
+
+    rig.agent_process(dry_patience_s=60.0 * SLOWNESS)
+    with rig.client() as client:
+        client.change("a", VmChange(automatic=True))
+        until_blocking((disk / "fed").exists, "it to have its memory")
+        assert client.host().oom_kills == 0
+        client.stop("a")
+    end_in_order(rig)
+
+
 def end_in_order(rig: Rig) -> None:
     child = rig.children[-1]
     child.send_signal(signal.SIGTERM)
-    assert child.wait(timeout=20) == 0
+    assert child.wait(timeout=PATIENCE_S) == 0
 
 
 def test_killed_in_the_middle_of_inflations(rig: Rig) -> None:
@@ -177,14 +224,14 @@ def test_keep_then_adopt_then_stop(rig: Rig) -> None:
 
 
 def test_a_killed_watchdog_is_replaced_and_no_vm_is_stopped(rig: Rig) -> None:
-    rig.agent_process()
+    rig.agent_process(dry_patience_s=0.1)
     with rig.client() as client:
         client.launch(spec("a", 64))
         (killed,) = rig.watchdogs()
         os.kill(killed, signal.SIGKILL)
         until_blocking(lambda: len(set(rig.watchdogs()) - {killed}) == 1, "another watchdog")
         assert client.vm("a").connected
-        assert rig.is_armed("a")
+        until_held(rig, "a")
     kill(rig)
     until_blocking(lambda: is_released(rig, "a"), "the new watchdog to act")
     rig.agent_process()
@@ -271,8 +318,10 @@ def test_a_leftover_that_can_not_be_cleared_keeps_no_agent_from_starting(
         quotas.create(name, 16 * MIB, 16 * MIB).close()
     real = type(quotas).open_existing
 
-    def open_existing(backend: QuotaBackend, name: str, overhead_bytes: int) -> VmQuota:
-        quota = real(backend, name, overhead_bytes)
+    def open_existing(
+        backend: QuotaBackend, name: str, overhead_bytes: int, swap_bytes: int = 0
+    ) -> VmQuota:
+        quota = real(backend, name, overhead_bytes, swap_bytes)
         if name == "busy":
             raise StillBusy("its processes do not die")
         if name == "slow":
@@ -303,6 +352,68 @@ def test_a_leftover_that_can_not_be_cleared_keeps_no_agent_from_starting(
     rig.play(next_agent)
 
 
+def test_with_a_smaller_pool_the_vms_give_what_is_too_much(rig: Rig) -> None:
+    """An agent is killed; the next one has a pool that its VMs' quotas don't fit.
+
+    Of 256 MiB 16 are lent then and 48 beyond the pool. 200 are in use, so the most
+    that the two can give is not enough, until one of them needs less.
+    """
+
+    def use(name: str, anon_mib: int) -> None:
+        client = WorkloadClient(rig.state_dir / "disks" / name / "workload.sock")
+        trio.run(appetite, client, anon_mib)
+        trio.run(touched, client, anon_mib)
+
+    rig.agent_process(pool_mib=400)
+    with rig.client() as client:
+        for name in ("a", "b"):
+            client.launch(spec(name, 128))
+            use(name, 100)
+    pids = rig.processes()
+    kill(rig)
+    rig.agent_process(pool_mib=208)
+    assert "the VMs that run have 48MiB more than the pool of 208MiB: they are" in rig.stderr()
+    with rig.client() as client:
+        until_blocking(lambda: client.host().quotas_bytes < 256 * MIB, "what they can spare")
+        host = client.host()
+        assert host.overdrawn_bytes > 0
+        assert host.quotas_bytes + host.reserve_left_bytes == 208 * MIB + host.overdrawn_bytes
+        assert host.free_bytes == 0
+        use("a", 10)
+        until_blocking(lambda: client.host().overdrawn_bytes == 0, "what is too much")
+        until_blocking(lambda: client.host().reserve_left_bytes == 16 * MIB, "the reserve")
+        host = client.host()
+        assert host.quotas_bytes <= 192 * MIB
+        assert host.oom_kills == 0
+        assert "the VMs have no more than the pool any longer" in rig.stderr()
+    assert pids <= rig.processes()
+    end_in_order(rig)
+
+
+def test_an_agent_that_refuses_a_pool_leaves_no_guest_held(rig: Rig) -> None:
+    """Killed, and the next one can't keep what was promised: the guests run on by themselves."""
+    rig.agent_process(pool_mib=400, dry_patience_s=0.1)
+    with rig.client() as client:
+        for name in ("a", "b"):
+            client.launch(spec(name, 128, reservation_bytes=100 * MIB))
+    pids = rig.processes()
+    kill(rig)
+    config = rig.base / "agent.toml"
+    config.write_text(config.read_text().replace("400MiB", "192MiB"))
+    refused = rig.balloon("agent", "--config", str(config))
+    assert refused.wait(PATIENCE_S) == 2
+    (line,) = [said for said in rig.stderr().splitlines() if said.startswith("balloon: ")]
+    assert "the 2 VMs that run were promised 200MiB (a 100MiB, b 100MiB)" in line
+    assert "the pool has 176MiB beside its reserve" in line
+    assert "start with a pool of 216MiB or more" in line
+    until_blocking(lambda: is_released(rig, "a") and is_released(rig, "b"), "the watchdog")
+    assert rig.processes() == pids
+    rig.agent_process(pool_mib=216)
+    with rig.client() as client:
+        assert [vm.name for vm in client.vms()] == ["a", "b"]
+    end_in_order(rig)
+
+
 @pytest.mark.parametrize("fault", ["small pool", "damaged state", "impossible value", "other root"])
 def test_an_agent_that_can_not_take_over_leaves_all_as_it_is(rig: Rig, fault: str) -> None:
     async def keep() -> None:
@@ -311,7 +422,8 @@ def test_an_agent_that_can_not_take_over_leaves_all_as_it_is(rig: Rig, fault: st
             await agent.launch(spec("b", 128))
 
     async def refuse() -> None:
-        changes = {"pool_mib": 128} if fault == "small pool" else {}
+        # Promised are 48 MiB, and 16 are the reserve.
+        changes = {"pool_mib": 60} if fault == "small pool" else {}
         async with rig.agent(**changes):
             pass
 

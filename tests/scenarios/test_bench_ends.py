@@ -5,11 +5,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from scenario_rig import Rig, until_blocking
+from scenario_rig import PATIENCE_S, Rig, until_blocking
 
 pytestmark = pytest.mark.effects
 
-END_DEADLINE_S = 20.0
+END_DEADLINE_S = 3 * PATIENCE_S
 
 
 def measuring(rig: Rig) -> "subprocess.Popen[str]":
@@ -33,7 +33,8 @@ def test_interrupted_it_removes_everything(rig: Rig, number: signal.Signals) -> 
     child = measuring(rig)
     child.send_signal(number)
     assert child.wait(timeout=END_DEADLINE_S) == 130
-    assert rig.stderr() == ""
+    # At most the line's end that click puts below a ^C, where that comes when all is removed.
+    assert rig.stderr().strip() == ""
     assert not rig.cgroup.exists()
     rig.assert_nothing_left()
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from scenario_rig import Rig, spec, until
+from scenario_rig import PATIENCE_S, Rig, spec, until
 
 from host_agent.agent import Agent
 from host_agent.facade.port import VmChange
@@ -60,7 +60,7 @@ class Liar:
     async def says(self, word: str) -> None:
         """Wait until it has said so."""
         assert self._process.stdout is not None
-        with trio.fail_after(20):
+        with trio.fail_after(PATIENCE_S):
             while word not in self.said:
                 more = await self._process.stdout.receive_some(4096)
                 assert more, f"it ended after {self.said!r}, without {word!r}"
@@ -113,7 +113,6 @@ BEFORE_THE_WELCOME = {
 def test_it_is_not_let_in(
     rig: Rig, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listener, "GREETING_DEADLINE_S", 0.5)
     monkeypatch.setattr(reception, "FAULT_PAUSE_S", 0.1)
 
     async def scenario() -> None:
@@ -121,6 +120,9 @@ def test_it_is_not_let_in(
             honest = agent.balancer.guests["a"].session
             for kind, why in BEFORE_THE_WELCOME.items():
                 caplog.clear()
+                # Who is only slow is not to be taken for silent.
+                greeting_s = 0.5 if kind == "silent" else PATIENCE_S
+                monkeypatch.setattr(listener, "GREETING_DEADLINE_S", greeting_s)
                 async with lying(rig, kind) as liar:
                     await liar.says("\n")
                     assert "welcome" not in liar.said, kind
@@ -208,11 +210,10 @@ def test_an_inventory_does_not_change_the_quota(rig: Rig) -> None:
 def test_taking_the_offer_and_going_silent_is_being_stuck(
     rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(session, "PROGRESS_DEADLINE_S", 0.5)
-
     async def scenario() -> None:
         async with host(rig) as agent:
             async with lying(rig, "more than room") as liar:
+                monkeypatch.setattr(session, "PROGRESS_DEADLINE_S", 0.5)
                 await liar.says("welcome")
                 unchanged(rig, agent)
                 os.kill(liar._process.pid, signal.SIGSTOP)
@@ -220,6 +221,7 @@ def test_taking_the_offer_and_going_silent_is_being_stuck(
                 await until(lambda: agent.vm("a").state == "stuck", "stuck")
                 unchanged(rig, agent)
                 await agent.change("a", VmChange(target_bytes=20 * MIB))
+            monkeypatch.undo()
             at_fault(caplog, "no progress")
 
     with caplog.at_level(logging.INFO):
@@ -249,8 +251,10 @@ def test_only_its_own_driver_is_listened_to(
 
 
 def test_more_connections_than_a_driver_needs_are_turned_away(
-    rig: Rig, caplog: pytest.LogCaptureFixture
+    rig: Rig, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(listener, "GREETING_DEADLINE_S", 3 * PATIENCE_S)
+
     async def scenario() -> None:
         async with host(rig) as agent, contextlib.AsyncExitStack() as stack:
             for _ in range(reception.MOST_CONNECTIONS - 1):

@@ -35,6 +35,8 @@ class Model:
     def __init__(self, pool: int, reserve: int) -> None:
         self.pool = pool
         self.reserve = reserve
+        self.held = 0
+        self.overdrawn = 0
         self.guests: dict[str, Guest] = {}
 
     @property
@@ -44,7 +46,7 @@ class Model:
     @property
     def free(self) -> int:
         quotas = sum(guest.quota for guest in self.guests.values())
-        return self.pool - quotas - (self.reserve - self.lent)
+        return self.pool + self.overdrawn - quotas - (self.reserve - self.lent) - self.held
 
     def guest(self, name: str) -> Guest:
         require(name in self.guests)
@@ -56,13 +58,15 @@ class Model:
         require(sum(others) + reservation <= self.pool - self.reserve)
 
     def repay(self, giver: str = "") -> int:
-        """Page by page: while one is free and one is owed, the debt falls by one."""
+        """Page by page: while one is free and one is owed, the debt falls by one; then the rest."""
         repaid = 0
         order = [name for name in [giver, *sorted(self.guests)] if name in self.guests]
         for name in order:
             while self.guests[name].lent and self.free:
                 self.guests[name].lent -= 1
                 repaid += 1
+        while self.overdrawn and self.free:
+            self.overdrawn -= 1
         return repaid
 
     def admit(self, name: str, assigned: int, reservation: int, shares: int) -> None:
@@ -72,11 +76,16 @@ class Model:
 
     def adopt(self, name: str, assigned: int, reservation: int, shares: int, quota: int) -> None:
         require(0 <= quota <= assigned)
-        require(quota <= self.free + self.reserve - self.lent)
-        lent = max(0, quota - self.free)
         self.admit(name, assigned, reservation, shares)
         guest = self.guests[name]
-        guest.claimed, guest.known, guest.lent = set(range(assigned - quota)), False, lent
+        guest.known = False
+        for pfn in reversed(range(assigned - quota, assigned)):
+            if not self.free:
+                if self.lent < self.reserve:
+                    guest.lent += 1
+                else:
+                    self.overdrawn += 1
+            guest.claimed.remove(pfn)
 
     def settle(self, name: str, inventory: set[int]) -> set[int]:
         guest = self.guest(name)
@@ -147,9 +156,20 @@ class Model:
         guest.claimed -= given
         return given
 
-    def grant(self, name: str, pages: int) -> set[int]:
-        require(0 <= pages <= min(self.free, len(self.guest(name).claimed)))
+    def grant(self, name: str, pages: int, held: int = 0) -> set[int]:
+        require(0 <= held <= min(pages, self.held))
+        require(0 <= pages <= min(self.free + held, len(self.guest(name).claimed)))
+        self.held -= held
         return self.give(name, pages)
+
+    def hold(self, pages: int) -> None:
+        require(0 <= pages <= self.free)
+        self.held += pages
+
+    def let_go(self, pages: int) -> int:
+        require(0 <= pages <= self.held)
+        self.held -= pages
+        return self.repay()
 
     def lend(self, name: str, pages: int) -> set[int]:
         guest = self.guest(name)

@@ -1,7 +1,8 @@
 """One host under any order of events: guests of every manner, failing limit writes, time.
 
 The balancer, the sessions, the ledger, the policy and the answers to dry guests are real; quotas
-are the fake kernel's. Whatever happens: the kernel's limits and the reserve fit the pool, the books
+are the fake kernel's. Whatever happens, and
+whatever the policy answers: the kernel's limits and the reserve fit the pool, the books
 are sound, no frame has two owners, and when nothing is under way kernel and books agree. An honest
 guest is never taken for a liar, and once all are well again memory moves as planned.
 """
@@ -18,6 +19,7 @@ import trio.testing
 from host_rig import Line, Rig, hello_of, open_rig, vitals_of
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
+from made_up_policies import MadeUp, decision
 
 from host_agent.audit.errors import ProcessGone
 from host_agent.dry import DryAnswer
@@ -25,6 +27,8 @@ from host_agent.guest import Guest
 from host_agent.intake.faults import GuestAtFault, GuestLied
 from host_agent.intake.listener import HelloRefused
 from host_agent.intake.session import PROGRESS_DEADLINE_S
+from host_agent.policy.plan import Plan
+from host_agent.policy.shares import Shares
 from host_agent.quota.errors import LimitRefused, NoRoom, QuotaError
 from host_agent.quota.fake import FakeVm
 from protocol.errors import ChannelBroken, LocalProtocolError
@@ -258,7 +262,8 @@ class Host:
         self.rig.balancer.plan_once()
 
     async def recover(self) -> None:
-        """All are honest, awake and connected; what was under way ends by itself or is ended."""
+        """All are well and the policy is the default one; what was under way ends or is ended."""
+        self.rig.balancer.use(Shares())
         for actor in self.actors.values():
             actor.manner = Manner.HONEST
             actor.awake.set()
@@ -310,6 +315,14 @@ FAILURES: dict[str, Callable[[], Exception]] = {
     "lower_quota": lambda: LimitRefused("it failed on purpose"),
 }
 
+BAD_POLICIES: dict[str, MadeUp] = {
+    "raises": MadeUp(lambda *_: 1 // 0),
+    "nothing": MadeUp(lambda *_: None),
+    "all": MadeUp(lambda host, *_: decision(host, Plan(host.names, host.assigned_pages))),
+    "none": MadeUp(lambda host, *_: decision(host, Plan(host.names, host.quota_pages * 0))),
+}
+"""They give no plan, or one that can't be carried out: by size, or by reservation."""
+
 KINDS = {
     "launch": [""],
     "remove": [""],
@@ -330,6 +343,7 @@ KINDS = {
     "plan": [""],
     "want": [""],
     "spoil": [""],
+    "policy": ["shares", *sorted(BAD_POLICIES)],
 }
 OFTEN = ["want", "want", "want", "plan", "manner", "time", "sleep", "wake"]
 
@@ -350,6 +364,8 @@ async def happen(host: Host, op: Op) -> None:
             host.rig.balancer.plan_once()
         case "time":
             host.clock.jump(amount_mib / 8)
+        case "policy":
+            host.rig.balancer.use(BAD_POLICIES.get(what, Shares()))
         case _ if actor is not None:
             await happen_to(host, actor, kind, size_bytes, what)
 

@@ -36,6 +36,7 @@ def set_of(frames: PageFrames) -> set[int]:
 class LedgerAgainstModel(RuleBasedStateMachine):
     ledger: Ledger
     model: Model
+    most_overdrawn: int
 
     @initialize(
         pool=st.integers(10, 50),
@@ -46,6 +47,7 @@ class LedgerAgainstModel(RuleBasedStateMachine):
         """Three guests run already: calls for nobody are refused, and teach little."""
         self.ledger = Ledger(pool, reserve)
         self.model = Model(pool, reserve)
+        self.most_overdrawn = 0
         for name, (assigned, quota) in zip("abc", running, strict=True):
             self.admit(name, assigned, 0, 1)
             self.grant(name, min(quota, assigned, self.model.free))
@@ -92,6 +94,7 @@ class LedgerAgainstModel(RuleBasedStateMachine):
             lambda: self.ledger.adopt(name, assigned, reservation, shares, quota),
             lambda: self.model.adopt(name, assigned, reservation, shares, quota),
         )
+        self.most_overdrawn = self.ledger.overdrawn_pages
 
     @rule(name=NAMES, inventory=PFNS)
     def settle(self, name: str, inventory: set[int]) -> None:
@@ -186,11 +189,23 @@ class LedgerAgainstModel(RuleBasedStateMachine):
 
     # Deflating
 
-    @rule(name=NAMES, pages=FEW)
-    def grant(self, name: str, pages: int) -> None:
+    @rule(name=NAMES, pages=FEW, held=st.just(0) | FEW)
+    def grant(self, name: str, pages: int, held: int = 0) -> None:
         self.both_frames(
-            lambda: self.ledger.grant(name, pages), lambda: self.model.grant(name, pages)
+            lambda: self.ledger.grant(name, pages, held),
+            lambda: self.model.grant(name, pages, held),
         )
+
+    @rule(pages=FEW)
+    def hold(self, pages: int) -> None:
+        self.both(lambda: self.ledger.hold(pages), lambda: self.model.hold(pages))
+
+    @rule(pages=FEW)
+    def let_go(self, pages: int) -> None:
+        got, expected = self.both(
+            lambda: self.ledger.let_go(pages), lambda: self.model.let_go(pages)
+        )
+        assert got == expected
 
     @rule(name=NAMES, pages=PAGES, fails=st.booleans())
     def lend(self, name: str, pages: int, fails: bool) -> None:
@@ -238,7 +253,11 @@ class LedgerAgainstModel(RuleBasedStateMachine):
         assert ledger.quota_pages == quotas
         assert ledger.lent_pages == lent
         assert ledger.reserve_left_pages == left >= 0
-        assert ledger.free_pages == self.model.pool - quotas - left >= 0
+        held = self.model.held
+        assert ledger.held_pages == held >= 0
+        assert ledger.overdrawn_pages == self.model.overdrawn >= 0
+        there = self.model.pool + self.model.overdrawn
+        assert ledger.free_pages == there - quotas - left - held >= 0
 
     @invariant()
     def every_frame_has_one_owner(self) -> None:
@@ -250,10 +269,15 @@ class LedgerAgainstModel(RuleBasedStateMachine):
             assert len(guest.pending) <= guest.room <= guest.quota
 
     @invariant()
-    def the_reserve_is_repaid_first(self) -> None:
-        assert not (self.ledger.lent_pages and self.ledger.free_pages)
+    def what_is_owed_is_paid_first(self) -> None:
+        assert not (self.ledger.owed_pages and self.ledger.free_pages)
         for guest in self.model.guests.values():
             assert 0 <= guest.lent <= guest.quota
+
+    @invariant()
+    def no_overdraft_is_made_larger_but_by_what_is_found(self) -> None:
+        assert self.ledger.overdrawn_pages <= self.most_overdrawn
+        self.most_overdrawn = self.ledger.overdrawn_pages
 
     @invariant()
     def check_passes(self) -> None:

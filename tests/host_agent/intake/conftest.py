@@ -3,8 +3,8 @@
 import pytest
 import trio
 import trio.testing
-from host_rig import open_rig
-from session_steps import Body, Run
+from host_rig import Body, open_rig
+from session_steps import Run
 
 
 @pytest.fixture

@@ -1,10 +1,8 @@
 """Steps of a conversation, taken by a test in a guest's place."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
-import trio
-import trio.testing
-from host_rig import Line, Rig
+from host_rig import Line
 
 from host_agent.guest import Guest
 from host_agent.intake.session import GuestSession
@@ -27,7 +25,6 @@ PAGES = pages_of(SIZE)
 
 STEP = pages_of(8 * MIB)
 
-Body = Callable[[Rig, trio.Nursery], Awaitable[None]]
 
 Run = Callable[..., None]
 

@@ -7,6 +7,7 @@ from session_steps import PAGES, SIZE, STEP, Run, drop, offer, reserve, session_
 
 from protocol.messages import (
     Claim,
+    Decline,
     Offer,
     Refusal,
     Rejection,
@@ -17,7 +18,7 @@ from protocol.messages import (
 )
 from protocol.page_frames import PageFrames
 from protocol.units import MIB, bytes_of, pages_of
-from protocol.vocabulary import RefusalReason, RejectionReason, Urgency
+from protocol.vocabulary import SWAP_FEATURE, RefusalReason, RejectionReason, Urgency
 
 
 def test_frames_come_in_and_the_quota_goes_down(run: Run) -> None:
@@ -54,6 +55,61 @@ def test_frames_come_in_and_the_quota_goes_down(run: Run) -> None:
         assert not session_of(guest).inflating
         assert guest.refused_until_s == 0.0
         rig.check_agreement()
+
+    run(body)
+
+
+def test_what_may_be_swapped_is_allowed_by_the_host_and_asked_for_by_the_guest(run: Run) -> None:
+    async def body(rig: Rig, nursery: trio.Nursery) -> None:
+        guest = rig.add("one", SIZE, swap_bytes=32 * MIB)
+        vm = rig.vm("one")
+        vm.allocate(SIZE)
+        line = rig.dial(nursery, guest)
+        welcome = await line.greet(PAGES, features=(SWAP_FEATURE, "other"))
+        assert welcome.features == (SWAP_FEATURE,)
+        session_of(guest).wish(2 * STEP, Urgency.SHORT, swap_pages=STEP)
+        target = await line.hear(Target)
+        assert target.swap_pages == STEP
+        # Without it there is no room; with it there is for half of the offer.
+        await line.say(Offer(target.target_id, 2 * STEP, swap_pages=STEP, detail="half by swap"))
+        assert await line.hear(Decline)
+        assert vm.swapped_bytes == 0
+        session_of(guest).wish(STEP, Urgency.SHORT, swap_pages=STEP)
+        target = await line.hear(Target)
+        await line.say(Offer(target.target_id, STEP, swap_pages=STEP, detail="all by swap"))
+        assert (await line.hear(Reserve)).pages == STEP
+        assert guest.last_reason == "all by swap"
+        assert vm.swapped_bytes == bytes_of(STEP)
+        await line.hang_up()
+        await rig.settle()
+        assert vm.workload_limit_bytes == SIZE
+
+    run(body)
+
+
+def test_a_driver_that_does_not_know_of_swap_is_not_asked_to(run: Run) -> None:
+    async def body(rig: Rig, nursery: trio.Nursery) -> None:
+        guest = rig.add("one", SIZE, swap_bytes=32 * MIB)
+        line = await rig.connect(nursery, guest)
+        session_of(guest).wish(STEP, Urgency.SHORT, swap_pages=STEP)
+        assert (await line.hear(Target)).swap_pages == 0
+
+    run(body)
+
+
+def test_a_guest_that_swaps_more_than_it_may_breaks_the_protocol(run: Run) -> None:
+    async def body(rig: Rig, nursery: trio.Nursery) -> None:
+        guest = rig.add("one", SIZE, swap_bytes=32 * MIB)
+        line = rig.dial(nursery, guest)
+        await line.greet(PAGES, features=(SWAP_FEATURE,))
+        session_of(guest).wish(STEP, Urgency.SHORT, swap_pages=10)
+        target = await line.hear(Target)
+        # Its own connection would not say that: so another one's state is put in its place.
+        line.channel.connection.inflation.swap_pages = 11
+        await line.say(Offer(target.target_id, STEP, swap_pages=11))
+        await line.hear_end()
+        assert "more than the 10 to be swapped" in str(rig.ends["one"][-1])
+        assert guest.live_quota.read().workload_limit_bytes == SIZE
 
     run(body)
 

@@ -108,8 +108,20 @@ class TestTheBooks:
             pool_pages=100,
             reserve_pages=50,
             guests=(
-                GuestSnapshot("a", 100, 3, 7, 15, 5, 1, 2, 3, False, 4),
-                GuestSnapshot("full", 100, 0, 1, 40, 0, None, None, None, True, None),
+                GuestSnapshot(
+                    "a",
+                    100,
+                    3,
+                    7,
+                    15,
+                    5,
+                    demand_pages=1,
+                    working_set_pages=2,
+                    spare_pages=3,
+                    movable=False,
+                    pinned_pages=4,
+                ),
+                GuestSnapshot("full", 100, 0, 1, 40, 0),
             ),
         )
 
@@ -216,13 +228,41 @@ class TestAdopting:
         assert (ledger.reserve_left_pages, ledger.free_pages) == (0, 0)
         ledger.check()
 
-    def test_what_exceeds_the_pool_is_refused(self) -> None:
+    def test_what_exceeds_the_pool_overdraws_it(self) -> None:
         ledger = Ledger(1000, 100)
-        ledger.adopt("a", 900, 0, 1, 900)
-        with pytest.raises(LedgerError, match="does not fit the pool"):
-            ledger.adopt("b", 900, 0, 1, 101)
-        assert "b" not in ledger
-        ledger.adopt("b", 900, 0, 1, 100)
+        ledger.adopt("a", 900, 0, 1, 850)
+        ledger.adopt("b", 900, 0, 1, 350)
+        assert [ledger.view(name).lent_pages for name in "ab"] == [0, 100]
+        assert (ledger.overdrawn_pages, ledger.owed_pages) == (200, 300)
+        assert (ledger.free_pages, ledger.reserve_left_pages) == (0, 0)
+        assert ledger.snapshot({}).pool_pages == 1000
+        ledger.check()
+
+    def test_who_comes_after_that_overdraws_it_by_all_that_it_has(self) -> None:
+        ledger = Ledger(1000, 100)
+        for name in "abc":
+            ledger.adopt(name, 900, 0, 1, 600)
+        assert ledger.overdrawn_pages == 800
+        ledger.check()
+
+    def test_what_becomes_free_refills_the_reserve_then_the_pool(self) -> None:
+        ledger = Ledger(1000, 100)
+        ledger.adopt("a", 900, 0, 1, 850)
+        ledger.adopt("b", 900, 0, 1, 350)
+        ledger.settle("a", span(0, 50))
+        assert inflate(ledger, "a", 120) == 100
+        assert (ledger.reserve_left_pages, ledger.overdrawn_pages) == (100, 180)
+        assert ledger.lend("b", 5).page_count == 5, "the reserve is there for who runs dry"
+        assert inflate(ledger, "a", 200) == 5
+        assert (ledger.overdrawn_pages, ledger.free_pages) == (0, 15)
+        ledger.check()
+
+    def test_who_leaves_pays_it_off(self) -> None:
+        ledger = Ledger(1000, 100)
+        ledger.adopt("a", 900, 0, 1, 850)
+        ledger.adopt("b", 900, 0, 1, 350)
+        ledger.remove("b")
+        assert (ledger.overdrawn_pages, ledger.lent_pages, ledger.free_pages) == (0, 0, 50)
         ledger.check()
 
     def test_reservations_are_held_as_for_new_guests(self) -> None:
@@ -540,6 +580,16 @@ class TestCheck:
         ledger._accounts["g"].lent_pages = 60
         ledger.reserve_pages = 59
         with pytest.raises(LedgerError, match="60 pages lent of 59"):
+            ledger.check()
+
+    @pytest.mark.parametrize(
+        ("overdrawn", "said"),
+        [(-1, "-1 pages are overdrawn"), (1, "841 pages are free, 1 are owed or overdrawn")],
+    )
+    def test_overdrawn_where_nothing_is_too_much(self, overdrawn: int, said: str) -> None:
+        ledger = running(quota=60)
+        ledger.overdrawn_pages = overdrawn
+        with pytest.raises(LedgerError, match=said):
             ledger.check()
 
     def test_quotas_beyond_the_pool(self) -> None:
