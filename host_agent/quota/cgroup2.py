@@ -15,7 +15,8 @@ the time and is not dry.
 Slowing is not holding: by that formula the wall of a guest of 128 MiB is 0.4 s thick, and six
 processes that allocate at once were through one in less than 2 s, on a machine ten times slower. So
 a dry guest that `dry_state` finds halfway through it is frozen (cgroup.freeze) until a raise,
-`let_kernel_decide`, or a look that finds it dry no more. Its other tasks stand still as well, which
+`let_kernel_decide`, or a look that finds it dry no more. The next agent finds it so, and lets it go
+when it has looked. Its other tasks stand still as well, which
 version 1 spares them until they need memory.
 
 memory.high left below need nearly stops a guest, so an unanswered event must end in
@@ -101,7 +102,6 @@ class Cgroup2Quota(VmQuota):
         self._guard = RaiseGuard()
         self._event_fd: int | None = None
         self._armed = False
-        self._held = False
         with ExitStack() as opened:
 
             def control(path: Path, *, writable: bool = False) -> ControlFile:
@@ -119,6 +119,9 @@ class Cgroup2Quota(VmQuota):
             self._workload_current = control(workload / "memory.current")
             self._workload_stat = control(workload / "memory.stat")
             self._workload_freeze = control(workload / "cgroup.freeze", writable=True)
+            # Of one that an agent or its watchdog held: thawed unseen, it may be through its wall
+            # before it is answered.
+            self._held = self._workload_freeze.read_bytes_count() == 1
             self._claims = (
                 control(directory / MIN, writable=True),
                 control(workload / MIN, writable=True),
@@ -328,6 +331,8 @@ class Cgroup2Quota(VmQuota):
         self._armed = True
         with self._while_there():
             self._raise_wall()
+            if self._held:  # a watchdog that was not told for a while has let it go
+                self._workload_freeze.write(1)
 
     def _raise_wall(self) -> None:
         # A make_room under way has its own wall, lower, and ends with the right one.

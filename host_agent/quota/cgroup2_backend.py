@@ -110,7 +110,7 @@ class Cgroup2Backend(QuotaBackend):
         swap_bytes: int = 0,
         directory: Path | None = None,
     ) -> VmQuota:
-        """Open the files of a VM that is there."""
+        """Open the files of a VM that is there. Who was held stays so until `dry_state`."""
         home = self.root / check_name(name)
         directory = home if directory is None else directory
         quota = Cgroup2Quota(
@@ -118,8 +118,6 @@ class Cgroup2Backend(QuotaBackend):
         )
         try:
             kill_one_at_a_time(directory)
-            # An agent and its watchdog may have died together while it was frozen.
-            (directory / Part.WORKLOAD / "cgroup.freeze").write_text("0\n")
         except OSError as error:
             quota.close()
             raise QuotaError(f"cannot take over the cgroups of {name}: {error}") from error

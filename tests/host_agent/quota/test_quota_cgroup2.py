@@ -1,5 +1,7 @@
 """What only version 2's own way of making room has to stand, on the real thing."""
 
+from contextlib import closing
+
 import pytest
 from quota_rigs import CgroupRig, wait_for
 
@@ -77,9 +79,36 @@ def test_a_vm_whose_kernel_would_kill_all_is_put_right(rig2: CgroupRig) -> None:
 
 
 def test_a_vm_that_was_left_frozen_is_thawed(rig2: CgroupRig) -> None:
-    """Its agent and the watchdog died together, while it was held."""
+    """Its agent and the watchdog died together, while it was held or room was made in it."""
     quota = rig2.create()
     freezer = quota.directory / "workload" / "cgroup.freeze"
     freezer.write_text("1")
-    rig2.backend.open_existing("vm1", quota.overhead_bytes).close()
+    with closing(rig2.backend.open_existing("vm1", quota.overhead_bytes)) as next_agents:
+        next_agents.arm_dry_events()
+        assert not next_agents.dry_state().under_oom
     assert freezer.read_text() == "0\n"
+
+
+def test_a_dry_vm_that_was_left_frozen_stays_so(rig2: CgroupRig) -> None:
+    """It has little more than half of its wall left: it would not live until it is answered."""
+    quota = rig2.create(quota_mib=64)
+    quota.arm_dry_events()
+    tenant = rig2.hold(quota, 120)
+    freezer = quota.directory / "workload" / "cgroup.freeze"
+
+    def is_frozen() -> bool:
+        quota.dry_state()
+        return freezer.read_text() == "1\n"
+
+    wait_for(is_frozen, "the guest is held")
+    quota.close()
+    next_agents = rig2.backend.open_existing("vm1", quota.overhead_bytes)
+    assert freezer.read_text() == "1\n"
+    next_agents.arm_dry_events()
+    assert freezer.read_text() == "1\n"
+    assert next_agents.dry_state().under_oom
+    assert freezer.read_text() == "1\n"
+    next_agents.raise_quota(192 * MIB)
+    wait_for(tenant.done, "the guest goes on")
+    assert next_agents.oom_kills_total == 0
+    next_agents.close()

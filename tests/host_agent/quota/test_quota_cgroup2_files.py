@@ -520,6 +520,20 @@ def test_a_guest_halfway_through_the_wall_is_frozen_until_it_is_answered(kernel:
     quota.close()
 
 
+def test_a_held_guest_that_was_let_go_is_held_again(kernel: Kernel) -> None:
+    """By the watchdog, when the agent stood still."""
+    quota = kernel.quota()
+    quota.arm_dry_events()
+    kernel.put("memory.stat", "inactive_file 0")
+    kernel.put("memory.current", 94 * MIB)
+    assert quota.dry_state().under_oom
+    kernel.put("memory.high", "max")
+    kernel.put("cgroup.freeze", "0")
+    quota.rearm()
+    assert kernel.written("cgroup.freeze") == ["1", "1"]
+    quota.close()
+
+
 def test_a_dry_guest_is_not_frozen_while_room_is_made_in_it(kernel: Kernel) -> None:
     """Thawing it would end the stillness in which the limit is lowered."""
     quota = kernel.quota()
