@@ -35,8 +35,9 @@ from host_agent.machines.driver_template import DriverTemplate
 from host_agent.machines.other_hierarchies import remove_elsewhere
 from host_agent.machines.process import ProcessBackend
 from host_agent.quota.base import QuotaBackend
-from host_agent.quota.detect import detect
+from host_agent.quota.detect import MOUNTINFO, detect
 from host_agent.quota.errors import QuotaError, QuotaUnavailable
+from host_agent.quota.namespace import is_outside, join_namespace_of_init
 from host_agent.sole_owner import sole_owner
 from host_agent.watchdog_client import GRACE_S, Watchdog
 
@@ -60,6 +61,9 @@ async def running(
         raise MissingRight("the agent needs root", what_to_do="run it with sudo")
     try:
         quotas = detect(host.cgroup_root)
+        # After that: what is delegated to a container as a whole is not this agent's.
+        if is_outside(hierarchy_of(quotas.root), MOUNTINFO.read_text(encoding="utf-8")):
+            join_namespace_of_init()
     except QuotaUnavailable as error:
         raise NoMemoryController(str(error)) from error
     with contextlib.suppress(OSError):  # of a path that can't be, more is said when it is made

@@ -13,6 +13,7 @@ import functools
 import mmap
 import os
 import secrets
+import signal
 import struct
 from collections import Counter
 from pathlib import Path
@@ -50,6 +51,8 @@ def cgroup_name() -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell's job in the background ignores it, and so would all that the tests interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.stash[_before] = set(cgroups_of_tests())
     config.stash[_left] = []
     config.stash[_soak] = 0
