@@ -25,6 +25,7 @@ VM_ENGINE_TESTS ?= \
     tests/containers/test_attached.py::test_a_container_takes_its_place_and_its_driver_the_sibling \
     tests/scenarios/test_under_systemd.py::test_limits_at_the_top_outlast_a_reload \
     tests/containers/test_docker_launch.py::test_a_launch_waits_until_others_have_given \
+    tests/containers/test_compose_version_2.py \
     tests/containers/test_systemd_driver.py
 
 help:

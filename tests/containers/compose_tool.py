@@ -35,11 +35,16 @@ class Compose:
     engine: Engine
     project: str
     environment: Mapping[str, str]
+    files: tuple[Path, ...] = (FILE,)
 
     def run(self, *arguments: str, check: bool = True) -> "subprocess.CompletedProcess[str]":
         """`docker compose ARGUMENTS` in this project."""
         done = subprocess.run(
-            [*self.command, "--file", str(FILE), "--project-name", self.project, *arguments],
+            [
+                *self.command,
+                *(word for file in self.files for word in ("--file", str(file))),
+                *("--project-name", self.project, *arguments),
+            ],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

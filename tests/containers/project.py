@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from base_image import ROOT
-from compose_tool import Compose, compose_command
+from compose_tool import FILE, Compose, compose_command
 from engine import Engine, cgroups_named, mounts_below, remove_empty_cgroups, until
 
 from host_agent.client import AgentClient
@@ -126,10 +126,19 @@ class Project:
 
 
 @contextmanager
-def project_of(engine: Engine, images_prefix: str, name: str, generation: int) -> Iterator[Project]:
-    """The project, up and with all drivers connected; taken down in any case.
+def project_of(
+    engine: Engine,
+    images_prefix: str,
+    name: str,
+    generation: int,
+    *,
+    services: tuple[str, ...] = GUESTS,
+    more_files: tuple[Path, ...] = (),
+    slow_s: float = SLOW_S,
+) -> Iterator[Project]:
+    """The project, its `services` up and with their drivers connected; taken down in any case.
 
-    Raises ComposeUnavailable.
+    `more_files` are merged into docker-compose.yml. Raises ComposeUnavailable.
     """
     command = compose_command(engine, generation)
     base = Path("/tmp") / f"mbc-{secrets.token_hex(3)}"  # sockets' paths are short
@@ -142,14 +151,14 @@ def project_of(engine: Engine, images_prefix: str, name: str, generation: int) -
     }
     text = CONFIG.read_text(encoding="utf-8").replace('"memballoon', f'"{name}')
     (base / "host.toml").write_text(text, encoding="utf-8")
-    compose = Compose(command, engine, name, environment)
+    compose = Compose(command, engine, name, environment, (FILE, *more_files))
     project = Project(engine, compose, base)
     try:
-        compose.run("up", "--detach", "--no-build")
+        compose.run("up", "--detach", "--no-build", *services)
         until(
-            lambda: set(project.connected()) == set(GUESTS),
-            lambda: f"all drivers connect: {project.log()}",
-            SLOW_S,
+            lambda: set(project.connected()) == set(services),
+            lambda: f"all drivers connect: {project.story()}",
+            slow_s,
         )
         yield project
     finally:

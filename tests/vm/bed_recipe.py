@@ -21,7 +21,10 @@ PYTHON = "3.11"
 """The suite's python3: the wheels must be for it, whatever interpreter runs the bed."""
 
 PACKAGES = ("python3", "util-linux", "mount", "procps", "busybox-static")
-MORE_PACKAGES = {"plain": (), "engine": ("docker.io", "systemd", "dbus")}
+MORE_PACKAGES: dict[str, tuple[str, ...]] = {
+    "plain": (),
+    "engine": ("docker.io", "docker-compose", "systemd", "dbus"),
+}
 """What each kind of image has beyond them. Where systemd is, it is the VM's init."""
 
 MORE_MODULES = {"plain": (), "engine": ("overlay",)}
